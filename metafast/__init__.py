@@ -1,0 +1,33 @@
+"""metafast: fast, exact meta-learning."""
+
+from metafast import data, models, ops, reference
+from metafast.backend import current_backend, use_backend
+from metafast.episodes import Episodes, Outcome
+from metafast.explain import explain
+from metafast.learners import LOMAML, MAML, Adapted, GradientLearner, ProtoNets, TaskLearner
+from metafast.lstm import LSTMOptimizer
+from metafast.rules import SGD, LearnedRule, UpdateRule
+from metafast.version import __version__
+
+__all__ = [
+    "LOMAML",
+    "MAML",
+    "SGD",
+    "Adapted",
+    "Episodes",
+    "GradientLearner",
+    "LSTMOptimizer",
+    "LearnedRule",
+    "Outcome",
+    "ProtoNets",
+    "TaskLearner",
+    "UpdateRule",
+    "__version__",
+    "current_backend",
+    "data",
+    "explain",
+    "models",
+    "ops",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,1 @@
+"""Inner loops over a batch of tasks and their adjoints."""

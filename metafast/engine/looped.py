@@ -1,0 +1,47 @@
+"""The loop over tasks: what vmap cannot take, still exact.
+
+Dropout, data-dependent control flow and layers that write to their constants see one task at a time, in order, and the
+gradient goes through an ordinary autograd graph of the inner loop, which grows with the steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafast.engine.task_model import TaskModel
+from metafast.rules import UpdateRule
+
+
+class LoopEngine:
+    """The interface of :class:`metafast.engine.vmapped.VmapEngine`, a task at a time."""
+
+    def __init__(self, task: TaskModel, rule: UpdateRule, first_order: bool) -> None:
+        self.task = task
+        self.rule = rule
+        self.first_order = first_order
+
+    def inner_loop(self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int) -> Tensor:
+        """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
+        with self.task.policy():
+            return torch.cat([self._adapt(theta, x, y, steps) for x, y in zip(support_x, support_y)])
+
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""
+        split, constants = self.task.layout.split, self.task.constants()
+        with self.task.policy():
+            return torch.stack([self.task.forward(split(p), constants, v) for p, v in zip(phi, x)])
+
+    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int) -> Tensor:
+        """(1, P) parameters of one task with support x (Ns, ...), y (Ns, ...)."""
+        phi = theta.unsqueeze(0)
+        state = self.rule.init(phi)
+        for _ in range(steps):
+            second_order = torch.is_grad_enabled() and not self.first_order
+            with torch.enable_grad():
+                # Without a graph to build on (no_grad, or frozen parameters) the step still needs its own gradient.
+                at = phi if phi.requires_grad else phi.detach().requires_grad_()
+                loss = self.task.task_loss(self.task.layout.split(at[0]), self.task.constants(), x, y)
+                (grads,) = torch.autograd.grad(loss, at, create_graph=second_order)
+            phi, state = self.rule.step(phi, grads, state)
+        return phi

@@ -1,0 +1,140 @@
+"""Prototypical Networks (Snell, Swersky & Zemel 2017, arXiv:1703.05175)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metafast import _check
+from metafast.engine.shared import SharedForward
+from metafast.engine.task_model import TaskModel
+from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
+from metafast.losses import resolve_loss
+from metafast.ops.prototypes import METRICS, prototype_logits, prototypes
+
+
+class ProtoNets(nn.Module):
+    """Classifies a query by the nearest class mean in a learned embedding; no inner loop.
+
+        p_c = mean_{support of c} f(x);   logits[q, c] = -||f(q) - p_c||^2;   loss = cross-entropy
+
+    Args:
+        encoder: module (N, ...) -> (N, D), or (N, ...) which is flattened.
+        metric: ``"sqeuclidean"`` (the paper) or ``"cosine"``.
+        batch_norm: ``"batch"``: statistics of each episode, its support and query together, in training and
+            evaluation; ``"running"``: the stored running statistics as constants. Neither writes them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; an encoder without trainable parameters.
+
+    Example:
+        >>> import metafast as mf
+        >>> x, y = torch.randn(2, 10, 8), torch.arange(5).repeat(2, 2)
+        >>> proto = mf.ProtoNets(nn.Linear(8, 4))
+        >>> out = proto(mf.Episodes(x, y, x, y))
+        >>> out.loss.backward()
+        >>> out.logits.shape
+        torch.Size([2, 10, 5])
+    """
+
+    def __init__(self, encoder: nn.Module, metric: str = "sqeuclidean", batch_norm: str = "batch") -> None:
+        super().__init__()
+        self.encoder = _check.module("encoder", encoder)
+        self.metric = _check.choice("metric", metric, METRICS)
+        self._task = TaskModel(encoder, resolve_loss("cross_entropy"), batch_norm, argument="encoder")
+        self._shared = SharedForward(self._task)
+
+    def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
+        """Logits and losses of every task's queries; ``out.loss.backward()`` reaches the encoder.
+
+        Args:
+            episodes: T classification tasks; in each, every class 0..ways-1 must have support.
+            weights: (T,) factors w_t of the tasks' losses; 1/T each when None.
+
+        Raises:
+            TypeError, ValueError: episodes or weights that do not fit the encoder, before any work.
+        """
+        ways = self._check(episodes, weights)
+        shots = episodes.support_x.shape[1]
+        # Together through the encoder, so that batch statistics are the episode's.
+        embedded = self._embed(torch.cat([episodes.support_x, episodes.query_x], dim=1))
+        logits = prototype_logits(embedded[:, :shots], episodes.support_y, embedded[:, shots:], ways, self.metric)
+        losses = self._task.loss.per_task(logits, episodes.query_y)
+        return outcome(losses, logits, episodes.query_y, weights)
+
+    def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
+        """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``."""
+        with torch.enable_grad():
+            out: Outcome = self(episodes, weights)
+        out.loss.backward()
+        return out.detach()
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> AdaptedPrototypes:
+        """The class means of T tasks from support_x (T, Ns, ...) and support_y (T, Ns); no gradient step.
+
+        With batch statistics, support and queries are then normalised by their own statistics, each set apart.
+
+        Raises:
+            TypeError, ValueError: a set that does not fit, before any work.
+        """
+        check_set("support_x", support_x, "support_y", support_y)
+        self._task.check_inputs("support_x", support_x)
+        ways = _count_ways("support_y", support_y)
+        _check_every_class(support_y, ways)
+        return AdaptedPrototypes(self, prototypes(self._embed(support_x), support_y, ways))
+
+    def extra_repr(self) -> str:
+        return f"metric={self.metric}, batch_norm={self._task.batch_norm}"
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """(T, N, D) embeddings of x (T, N, ...), a task at a time as far as batch statistics go."""
+        return self._shared(x).reshape(*x.shape[:2], -1)
+
+    def _check(self, episodes: Episodes, weights: Tensor | None) -> int:
+        """The number of ways; raises where the episodes do not fit."""
+        if not isinstance(episodes, Episodes):
+            raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
+        episodes.validate()
+        ways = _count_ways("support_y", episodes.support_y)
+        _check_every_class(episodes.support_y, ways)
+        top = int(episodes.query_y.max())
+        if top >= ways:
+            raise ValueError(f"query_y: expected labels below {ways}, the classes with support, got {top}")
+        for name in ("support_x", "query_x"):
+            self._task.check_inputs(name, getattr(episodes, name))
+        check_weights(weights, episodes, episodes.support_x.dtype)
+        return ways
+
+
+class AdaptedPrototypes:
+    """T sets of class means; ``adapted(x (T, N, ...))`` gives logits (T, N, ways)."""
+
+    def __init__(self, learner: ProtoNets, means: Tensor) -> None:
+        self._learner = learner
+        self.prototypes = means
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (T, N, ways) for x (T, N, ...); ValueError or TypeError where x does not fit."""
+        tasks, ways, _ = self.prototypes.shape
+        _check.tensor("x", x)
+        if x.dim() < 2 or x.shape[0] != tasks or x.shape[1] == 0:
+            raise ValueError(f"x: expected (T, N, ...) with T = {tasks} and N > 0, got {_check.describe(x)}")
+        _check.finite("x", x)
+        self._learner._task.check_inputs("x", x)
+        labels = torch.arange(ways, device=x.device).expand(tasks, ways)
+        return prototype_logits(self.prototypes, labels, self._learner._embed(x), ways, self._learner.metric)
+
+
+def _count_ways(name: str, labels: Tensor) -> int:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: ProtoNets classifies, expected int64 labels, got {_check.describe(labels)}")
+    return int(labels.max()) + 1
+
+
+def _check_every_class(labels: Tensor, ways: int) -> None:
+    """Refuse a task in which a class has no support, before the encoder runs."""
+    present = torch.zeros(labels.shape[0], ways, dtype=torch.bool, device=labels.device)
+    present.scatter_(1, labels, True)
+    if not bool(present.all()):
+        task, label = (~present).nonzero()[0].tolist()
+        raise ValueError(f"support_y: every class 0..{ways - 1} needs support, task {task} has none of {label}")

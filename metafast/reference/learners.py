@@ -1,0 +1,136 @@
+"""MAML, FOMAML, LOMAML and ProtoNets as loops over tasks with ``torch.autograd.grad(create_graph=True)``.
+
+The oracle: one task at a time, a plain forward, the derivative by autograd through all of it, in any dtype. Nothing
+here is shared with the engines but :class:`~metafast.Episodes`, the losses and the batch-norm policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metafast.engine.batch_norm import check_policy, policy
+from metafast.episodes import Episodes, Outcome, outcome
+from metafast.losses import Loss, LossSpec, resolve_loss
+from metafast.lstm import LSTMOptimizer
+from metafast.reference.lstm import lstm_step
+
+Parameters = dict[str, Tensor]
+
+
+def maml(
+    model: nn.Module,
+    episodes: Episodes,
+    *,
+    lr: float,
+    steps: int,
+    loss: LossSpec = "cross_entropy",
+    first_order: bool = False,
+    weights: Tensor | None = None,
+    batch_norm: str = "batch",
+) -> Outcome:
+    """MAML and, with ``first_order``, FOMAML (Finn et al. 2017); arguments as :class:`metafast.MAML`.
+
+    Example:
+        >>> import metafast as mf
+        >>> model, episodes = mf.models.MLP(1, (8,), 1), mf.data.Sinusoid().sample(tasks=2, shots=5, queries=5)
+        >>> maml(model, episodes, lr=0.01, steps=2, loss="mse").loss.backward()
+    """
+
+    def adapt(params: Parameters, gradient: Callable[[Parameters], Parameters]) -> Parameters:
+        for _ in range(steps):
+            grads = gradient(params)
+            params = {name: value - lr * grads[name] for name, value in params.items()}
+        return params
+
+    return _over_tasks(model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm)
+
+
+def lomaml(
+    model: nn.Module,
+    optimizer: LSTMOptimizer,
+    episodes: Episodes,
+    *,
+    lr: float,
+    steps: int,
+    loss: LossSpec = "cross_entropy",
+    first_order: bool = False,
+    weights: Tensor | None = None,
+    batch_norm: str = "batch",
+) -> Outcome:
+    """LOMAML: MAML's loop with the learned LSTM's output for the gradient; arguments as :class:`metafast.LOMAML`."""
+    psi = list(optimizer.weights)
+
+    def adapt(params: Parameters, gradient: Callable[[Parameters], Parameters]) -> Parameters:
+        states = {name: optimizer.init(value.numel()) for name, value in params.items()}
+        for _ in range(steps):
+            grads = gradient(params)
+            stepped = {}
+            for name, value in params.items():
+                update, states[name] = lstm_step(grads[name].reshape(-1), states[name], psi, optimizer.p)
+                stepped[name] = value - lr * update.reshape(value.shape)
+            params = stepped
+        return params
+
+    return _over_tasks(model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm)
+
+
+def protonets(
+    encoder: nn.Module,
+    episodes: Episodes,
+    *,
+    metric: str = "sqeuclidean",
+    weights: Tensor | None = None,
+    batch_norm: str = "batch",
+) -> Outcome:
+    """Prototypical Networks (Snell et al. 2017); arguments as :class:`metafast.ProtoNets`."""
+    check_policy(batch_norm, encoder)
+    losses, logits = [], []
+    with policy(encoder, batch_norm):
+        for t in range(episodes.tasks):
+            shots = episodes.support_x.shape[1]
+            embedded = encoder(torch.cat([episodes.support_x[t], episodes.query_x[t]])).flatten(1)
+            support, query = embedded[:shots], embedded[shots:]
+            labels = episodes.support_y[t]
+            means = torch.stack([support[labels == c].mean(0) for c in range(int(episodes.support_y.max()) + 1)])
+            if metric == "cosine":
+                scores = F.cosine_similarity(query.unsqueeze(1), means.unsqueeze(0), dim=-1)
+            else:
+                scores = -((query.unsqueeze(1) - means.unsqueeze(0)) ** 2).sum(-1)
+            logits.append(scores)
+            losses.append(F.cross_entropy(scores, episodes.query_y[t]))
+    return outcome(torch.stack(losses), torch.stack(logits), episodes.query_y, weights)
+
+
+def _over_tasks(
+    model: nn.Module,
+    episodes: Episodes,
+    adapt: Callable[[Parameters, Callable[[Parameters], Parameters]], Parameters],
+    loss: Loss,
+    first_order: bool,
+    weights: Tensor | None,
+    batch_norm: str,
+) -> Outcome:
+    """Adapt to each task in turn and judge on its queries; differentiable by autograd's own graph."""
+    check_policy(batch_norm, model)
+    theta: Parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses, logits = [], []
+    with policy(model, batch_norm):
+        for t in range(episodes.tasks):
+
+            def gradient(params: Parameters, t: int = t) -> Parameters:
+                value = loss.function(functional_call(model, params, (episodes.support_x[t],)), episodes.support_y[t])
+                grads = torch.autograd.grad(
+                    value, list(params.values()), create_graph=not first_order, allow_unused=True
+                )
+                return {name: torch.zeros_like(params[name]) if g is None else g for name, g in zip(params, grads)}
+
+            adapted = adapt(theta, gradient)
+            outputs = functional_call(model, adapted, (episodes.query_x[t],))
+            logits.append(outputs)
+            losses.append(loss.function(outputs, episodes.query_y[t]))
+    return outcome(torch.stack(losses), torch.stack(logits), episodes.query_y, weights)
