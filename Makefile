@@ -1,0 +1,58 @@
+# make demo   train on real letters and compare with the reference implementations
+# make test   everything that CI runs
+# make build  the environment in .venv and the extension only
+# make format let the formatters write
+# Each is complete from a fresh clone: it makes the environment in .venv and builds the extension first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+ISAS := baseline avx2 avx512
+
+.DEFAULT_GOAL := help
+.PHONY: help build test lint pytest isas format demo clean
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+# setuptools, ninja and torch first: the extension is built in this environment, against this torch.
+$(VENV)/environment: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel ninja torch numpy
+	METAFAST_NO_EXTENSION=1 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/extension: $(VENV)/environment setup.py $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(VENV)/extension
+
+test: lint pytest isas
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
+
+pytest: build
+	$(BIN)/python -m pytest -n 2
+
+# The native tests once more with each instruction set that this machine runs.
+isas: build
+	@for isa in $(ISAS); do \
+	  if $(BIN)/python -c "from metafast import _native; raise SystemExit('$$isa' not in _native.status().isas)"; then \
+	    echo "METAFAST_CPU_ISA=$$isa"; METAFAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n 2 -m native || exit 1; \
+	  else echo "this machine or build has no $$isa: not tested here"; fi; \
+	done
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf build dist $(VENV) metafast/_C*.so metafast/_build_info.json

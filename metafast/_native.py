@@ -1,0 +1,184 @@
+"""The compiled extension: whether it is there, why not, and which operator calls it may take.
+
+``setup.py`` leaves what it built in ``_build_info.json``. No extension built is no fault, and quiet: :func:`status` and
+``metafast info`` tell. An extension that was built but cannot be used is loud: a RuntimeWarning with the reason and the
+remedy on import, and PyTorch's operations from then on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from metafast import _check
+from metafast.backend import current_backend
+
+_INFO = Path(__file__).parent / "_build_info.json"
+_REMEDY = (
+    "build it again with `make build` in a clone, or with `pip install --no-build-isolation --force-reinstall "
+    "--no-deps metafast`"
+)
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What ``setup.py`` decided; see ``Decision`` there."""
+
+    extension: bool
+    reason: str
+    torch: str
+    python: str
+    machine: str
+    compiler: str
+    isas: tuple[str, ...]
+    sanitizers: tuple[str, ...]
+    cuda: str
+    cuda_reason: str
+    cuda_archs: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> BuildInfo:
+        """From the JSON that setup.py wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The extension as found on import.
+
+    Attributes:
+        available: it is loaded.
+        reason: why not; empty if it is.
+        build: what was built, None where nothing ever was.
+        backends: devices that it has kernels for, of ``"cpu"`` and ``"cuda"``.
+        isas: CPU instruction sets of the build that this machine runs, ascending.
+        isa: the one in use; empty without the extension.
+    """
+
+    available: bool
+    reason: str
+    build: BuildInfo | None
+    backends: tuple[str, ...]
+    isas: tuple[str, ...]
+    isa: str
+
+
+class _Unusable(Exception):
+    """Built, but not to be used: the reason."""
+
+
+def _load() -> tuple[ModuleType | None, BuildInfo | None, str]:
+    """The extension or None, what was built, and why there is none."""
+    if not _INFO.exists():
+        return None, None, f"metafast was not installed, only its sources are here; {_REMEDY}"
+    built = None
+    try:
+        try:
+            built = BuildInfo.parse(_INFO.read_text())
+        except (ValueError, TypeError) as error:
+            raise _Unusable(f"{_INFO.name} is not this version's: {error}") from error
+        if not built.extension:
+            return None, built, built.reason
+        return _import(built), built, ""
+    except _Unusable as error:
+        reason = f"the extension cannot be used: {error}"
+        warnings.warn(
+            f"metafast: {reason}. PyTorch's operations are used, slower; {_REMEDY}.", RuntimeWarning, stacklevel=2
+        )
+        return None, built, reason
+
+
+def _import(built: BuildInfo) -> ModuleType:
+    # Before loading: another torch's symbols may be there and mean something else.
+    if built.torch != torch.__version__:
+        raise _Unusable(f"it was built for torch {built.torch}, this is {torch.__version__}")
+    try:
+        module = importlib.import_module("metafast._C")
+        inside = BuildInfo.parse(module.build_info())
+    except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:
+        raise _Unusable(f"{type(error).__name__}: {error}") from error
+    if inside != built:
+        raise _Unusable(f"it is from another build than {_INFO.name}")
+    return module
+
+
+_module, _built, _reason = _load()
+if _module is not None:
+    _module.isa()  # reads METAFAST_CPU_ISA; a bad one is an error now, not at the first kernel
+elif "METAFAST_CPU_ISA" in os.environ:
+    raise ValueError(f"METAFAST_CPU_ISA: there is no extension to use it: {_reason}")
+
+
+def native() -> Any | None:
+    """The loaded extension module, None without it."""
+    return _module
+
+
+def status() -> Status:
+    """What was built and loaded, and why not."""
+    if _module is None or _built is None:
+        return Status(False, _reason, _built, (), (), "")
+    backends = ("cpu", "cuda") if _built.cuda else ("cpu",)
+    return Status(True, "", _built, backends, tuple(_module.isas()), _module.isa())
+
+
+_BACKENDS = status().backends
+
+
+def runs(name: str, *tensors: Tensor) -> bool:
+    """Whether an operator's kernels run on these tensors; if not, its PyTorch twin does.
+
+    ``auto`` takes the kernels for float32 and float64 on the devices of the build. It leaves to the twin what
+    ``torch.library``'s operators cannot do: ``torch.func`` derivatives (refused there) and forward-mode derivatives
+    (silently zero there).
+
+    Args:
+        name: of the first tensor, for the message.
+        tensors: those that the operator gets, of one device and dtype.
+
+    Raises:
+        ValueError: a native backend is forced that cannot run this: it never falls back.
+    """
+    backend = current_backend()
+    if backend == "torch":
+        return False
+    obstacle = _obstacle(tensors)
+    if backend == "auto":
+        return obstacle is None
+    if tensors[0].device.type != backend:
+        raise ValueError(f"{name}: backend {backend!r} is forced, got {_check.describe(tensors[0])}")
+    if obstacle is not None:
+        raise ValueError(f"{name}: backend {backend!r} is forced, but {obstacle}")
+    return True
+
+
+def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why the kernels cannot take an operator call, None if they can."""
+    first = tensors[0]
+    if first.device.type not in _BACKENDS:
+        return f"there are no kernels for {first.device.type}: {_reason or (_built and _built.cuda_reason)}"
+    if first.dtype not in _DTYPES:
+        return f"the kernels take float32 and float64, got {_check.describe(first)}"
+    if _differentiated(tensors):
+        return "its kernels have no derivative under torch.func's grad and jvp and in forward mode"
+    return None
+
+
+def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    """A torch.func derivative or a forward-mode one is being taken along a tensor."""
+    if torch._C._are_functorch_transforms_active():
+        return any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors)
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -1,0 +1,261 @@
+"""Builds metafast._C, the compiled kernels; everything else about the package is in pyproject.toml.
+
+What is built is decided once, by :func:`decide`, and never silently: the decision goes to metafast/_build_info.json and
+into the extension itself, and ``metafast info`` prints it.
+
+- The extension: on Linux with a C++ compiler, unless METAFAST_NO_EXTENSION=1.
+- Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH).
+
+Sources are found by name: csrc/**/*.cpp, and csrc/**/*.cu for CUDA. Files ending in _avx2.cpp or _avx512.cpp are for
+x86-64 and get that instruction set's flags; no other flag depends on the machine that builds. torch's BuildExtension
+has one set of flags for all files, so the ninja file is written here.
+
+Environment: METAFAST_NO_EXTENSION=1, METAFAST_SANITIZE=address,undefined, CXX, CXXFLAGS (appended), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST (as torch has it, "8.0;9.0+PTX"), MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+STANDARD = ["-std=c++20", "-O3"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ("address", "undefined", "leak", "thread")
+
+
+@dataclass
+class Decision:
+    """What is built, and why not what is not; written as it is to _build_info.json (metafast._native reads it)."""
+
+    extension: bool = False
+    reason: str = ""  # why there is no extension
+    torch: str = ""
+    python: str = platform.python_version()
+    machine: str = platform.machine()
+    compiler: str = ""
+    isas: list[str] = field(default_factory=list)
+    sanitizers: list[str] = field(default_factory=list)
+    cuda: str = ""  # nvcc's version; empty: no CUDA part
+    cuda_reason: str = ""  # why there is no CUDA part
+    cuda_archs: list[str] = field(default_factory=list)
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass
+class Tools:
+    """Where the compilers are."""
+
+    cxx: list[str] = field(default_factory=list)
+    cuda_home: Path | None = None
+
+
+def decide() -> tuple[Decision, Tools]:
+    """Look at the environment; starts the compilers only to ask for their versions."""
+    decision, tools = Decision(), Tools()
+    if os.environ.get("METAFAST_NO_EXTENSION", "0") not in ("", "0"):
+        decision.reason = "METAFAST_NO_EXTENSION was set"
+    elif sys.platform != "linux":
+        decision.reason = f"built on {sys.platform}: the extension is for Linux"
+    else:
+        tools.cxx = find_cxx()
+        if not tools.cxx:
+            decision.reason = "no C++ compiler was found (CXX, c++, g++, clang++)"
+    if decision.reason:
+        return decision, tools
+
+    import torch
+
+    decision.extension = True
+    decision.torch = torch.__version__
+    decision.compiler = output_of([*tools.cxx, "--version"]).splitlines()[0]
+    decision.isas = ["baseline", *(X86_ISAS if decision.machine == "x86_64" else ())]
+    decision.sanitizers = sanitizers()
+    tools.cuda_home, decision.cuda, decision.cuda_reason = find_cuda(torch.version.cuda)
+    if decision.cuda:
+        decision.cuda_archs = cuda_archs(
+            [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        )
+    return decision, tools
+
+
+def find_cxx() -> list[str]:
+    """The compiler's command; a CXX that does not exist is an error, not a reason to go without."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if shutil.which(command[0]) is None:
+            raise SystemExit(f"CXX: {command[0]!r} is not there")
+        return command
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
+
+
+def output_of(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def sanitizers() -> list[str]:
+    names = [name for name in os.environ.get("METAFAST_SANITIZE", "").split(",") if name]
+    for name in names:
+        if name not in SANITIZERS:
+            raise SystemExit(f"METAFAST_SANITIZE: expected some of {', '.join(SANITIZERS)}, got {name!r}")
+    return names
+
+
+def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str, str]:
+    """The toolkit's folder and nvcc's version, or why not."""
+    if torch_cuda is None:
+        return None, "", "this torch has no CUDA"
+    nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"], "bin/nvcc")) if "CUDA_HOME" in os.environ else "nvcc")
+    if nvcc is None:
+        return None, "", "nvcc was not found (CUDA_HOME, PATH)"
+    # The nvcc on PATH may be a script that starts the real one: ask it where it is.
+    where = re.search(r"^#\$ _HERE_=(.+)$", output_of([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]), re.M)
+    release = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
+    if where is None or release is None:
+        return None, "", f"{nvcc} does not answer like an nvcc"
+    if release[1].split(".")[0] != torch_cuda.split(".")[0]:
+        return None, "", f"nvcc is {release[1]}, torch is for CUDA {torch_cuda}"
+    return Path(where[1]).parent, release[1], ""
+
+
+def cuda_archs(devices: list[tuple[int, int]]) -> list[str]:
+    """As TORCH_CUDA_ARCH_LIST says, else those of this machine's GPUs, else every major one that nvcc knows."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for arch in listed:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {arch!r}")
+    return listed or sorted({f"{major}.{minor}" for major, minor in devices}) or ["all-major"]
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    if archs == ["all-major"]:
+        return ["-arch=all-major"]
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def isa_of(source: Path) -> str | None:
+    """The x86-64 instruction set that a file's name ends in."""
+    return next((isa for isa in X86_ISAS if source.stem.endswith(f"_{isa}")), None)
+
+
+def sources(decision: Decision) -> list[Path]:
+    cpp = [s for s in sorted(CSRC.rglob("*.cpp")) if isa_of(s) in (None, *decision.isas)]
+    return cpp + (sorted(CSRC.rglob("*.cu")) if decision.cuda else [])
+
+
+def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) -> None:
+    """folder/build.ninja, which builds ``target``; ninja follows the headers, so a second build is incremental."""
+    from ninja.ninja_syntax import Writer
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    header = (
+        f'#pragma once\nnamespace metafast {{\nconstexpr const char* kBuildInfo = R"json({decision.json()})json";\n}}\n'
+    )
+    if not (folder / "build_info.h").exists() or (folder / "build_info.h").read_text() != header:
+        (folder / "build_info.h").write_text(header)
+
+    # As system folders, so that our warnings are not about others' headers.
+    system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    libraries = ["c10", "torch_cpu", "torch"]
+    folders = cpp_extension.library_paths()
+    instrument = []
+    if decision.sanitizers:
+        instrument = [f"-fsanitize={','.join(decision.sanitizers)}", "-fno-sanitize-recover=all", "-g"]
+        instrument += ["-fno-omit-frame-pointer"]
+    cxx = [*STANDARD, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument, f"-I{folder}"]
+    if tools.cuda_home is not None:
+        cxx.append("-DMETAFAST_WITH_CUDA")
+        system.append(str(tools.cuda_home / "include"))
+        libraries += ["c10_cuda", "cudart"]
+        folders.append(str(tools.cuda_home / "lib64"))
+    cxx += [part for path in system for part in ("-isystem", path)]
+    cxx += shlex.split(os.environ.get("CXXFLAGS", ""))
+    link = [f"-L{path}" for path in folders] + [f"-l{name}" for name in libraries] + ["-fopenmp", *instrument]
+
+    with (folder / "build.ninja").open("w") as file:
+        ninja = Writer(file, width=110)
+        ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("nvcc", "$nvcc -MD -MF $out.d $nvccflags -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", "$cxx -shared $in -o $out $linkflags")
+        ninja.variable("cxx", shlex.join(tools.cxx))
+        ninja.variable("flags", shlex.join(cxx))
+        ninja.variable("linkflags", shlex.join(link))
+        if tools.cuda_home is not None:
+            host = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
+            nvcc = [*STANDARD, *arch_flags(decision.cuda_archs), "-Werror=all-warnings"]
+            ninja.variable("nvcc", shlex.quote(str(tools.cuda_home / "bin/nvcc")))
+            ninja.variable("nvccflags", shlex.join([*nvcc, f"-Xcompiler={','.join(host)}"]))
+        objects = []
+        for source in sources(decision):
+            objects.append(str(folder / f"{source.relative_to(CSRC)}.o"))
+            isa = isa_of(source)
+            variables = {"flags": f"$flags {shlex.join(X86_ISAS[isa])}"} if isa else None
+            ninja.build(objects[-1], "nvcc" if source.suffix == ".cu" else "cxx", str(source), variables=variables)
+        ninja.build(str(target), "link", objects)
+
+
+class BuildNative(build_ext):
+    """Compiles with ninja, in build/native-*, which stays for the next build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+
+        parts = (f"cp{sys.version_info.major}{sys.version_info.minor}", DECISION.torch, *DECISION.sanitizers)
+        folder = ROOT / "build" / "-".join(("native", *parts))
+        target = folder / "_C.so"
+        write_ninja(DECISION, TOOLS, folder, target)
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs, str(target)]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit("metafast._C did not compile (see above); METAFAST_NO_EXTENSION=1 installs without it")
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(target), str(path))
+
+
+class BuildPython(build_py):
+    """Writes the decision beside the Python files."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "metafast" if self.editable_mode else Path(self.build_lib, "metafast")
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.json").write_text(DECISION.json())
+
+
+DECISION, TOOLS = decide()
+setup(
+    ext_modules=[Extension("metafast._C", [])] if DECISION.extension else [],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)
