@@ -4,7 +4,8 @@ What is built is decided once, by :func:`decide`, and never silently: the decisi
 into the extension itself, and ``metafast info`` prints it.
 
 - The extension: on Linux with a C++ compiler, unless METAFAST_NO_EXTENSION=1.
-- Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH).
+- Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH, else pip's
+  nvidia-cuda-nvcc beside torch).
 
 Sources are found by name: csrc/**/*.cpp, and csrc/**/*.cu for CUDA. Files ending in _avx2.cpp or _avx512.cpp are for
 x86-64 and get that instruction set's flags; no other flag depends on the machine that builds. torch's BuildExtension
@@ -42,6 +43,8 @@ X86_ISAS = {
     ],
 }
 STANDARD = ["-std=c++20", "-O3"]
+# Fused multiply-adds, and square roots without errno: what the kernels are written for. Nothing else of fast-math.
+ARITHMETIC = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ("address", "undefined", "leak", "thread")
 
@@ -95,7 +98,8 @@ def decide() -> tuple[Decision, Tools]:
     decision.compiler = output_of([*tools.cxx, "--version"]).splitlines()[0]
     decision.isas = ["baseline", *(X86_ISAS if decision.machine == "x86_64" else ())]
     decision.sanitizers = sanitizers()
-    tools.cuda_home, decision.cuda, decision.cuda_reason = find_cuda(torch.version.cuda)
+    packages = Path(torch.__file__).parents[1]
+    tools.cuda_home, decision.cuda, decision.cuda_reason = find_cuda(torch.version.cuda, packages)
     if decision.cuda:
         decision.cuda_archs = cuda_archs(
             [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -113,8 +117,8 @@ def find_cxx() -> list[str]:
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
 
 
-def output_of(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+def output_of(command: list[str], check: bool = True) -> str:
+    return subprocess.run(command, check=check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
 def sanitizers() -> list[str]:
@@ -125,21 +129,47 @@ def sanitizers() -> list[str]:
     return names
 
 
-def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str, str]:
-    """The toolkit's folder and nvcc's version, or why not."""
+def find_cuda(torch_cuda: str | None, packages: Path) -> tuple[Path | None, str, str]:
+    """The folder and version of a toolkit for this torch, or why there is none; see find_nvcc for ``packages``."""
     if torch_cuda is None:
         return None, "", "this torch has no CUDA"
-    nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"], "bin/nvcc")) if "CUDA_HOME" in os.environ else "nvcc")
+    home, version, reason = find_nvcc(packages)
+    if home is not None and version.split(".")[0] != torch_cuda.split(".")[0]:
+        return None, "", f"nvcc is {version}, torch is for CUDA {torch_cuda}"
+    return home, version, reason
+
+
+def find_nvcc(packages: Path) -> tuple[Path | None, str, str]:
+    """The folder and version of nvcc's toolkit, or why there is none; ``packages``: the site-packages with torch."""
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which(f"{home}/bin/nvcc")
+    else:
+        pips = [str(path) for path in sorted(packages.glob("nvidia/cu*/bin/nvcc"), reverse=True)]
+        nvcc = next(filter(None, map(shutil.which, ["nvcc", *pips])), None)
     if nvcc is None:
-        return None, "", "nvcc was not found (CUDA_HOME, PATH)"
+        return None, "", f"nvcc was not found ({f'CUDA_HOME={home}' if home else 'CUDA_HOME, PATH, nvidia-cuda-nvcc'})"
     # The nvcc on PATH may be a script that starts the real one: ask it where it is.
-    where = re.search(r"^#\$ _HERE_=(.+)$", output_of([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]), re.M)
-    release = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
+    dry_run = output_of([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], check=False)
+    where = re.search(r"^#\$ _HERE_=(.+)$", dry_run, re.M)
+    release = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"], check=False))
     if where is None or release is None:
         return None, "", f"{nvcc} does not answer like an nvcc"
-    if release[1].split(".")[0] != torch_cuda.split(".")[0]:
-        return None, "", f"nvcc is {release[1]}, torch is for CUDA {torch_cuda}"
     return Path(where[1]).parent, release[1], ""
+
+
+def cuda_headers(home: Path) -> list[str]:
+    """The folder with CUDA's headers, as its installer, conda or pip has it; empty: they are among the system's."""
+    folders = (home / "include", *sorted(home.glob("targets/*/include")))
+    return [str(folder) for folder in folders if (folder / "cuda_runtime_api.h").is_file()][:1]
+
+
+def cuda_runtime(home: Path) -> list[str]:
+    """The linker's flags for CUDA's runtime library; pip's package has it without the unversioned name."""
+    for folder in (home / "lib64", home / "lib", *sorted(home.glob("targets/*/lib"))):
+        names = sorted(file.name for file in folder.glob("libcudart.so*"))
+        if names:
+            return [f"-L{folder}", f"-l:{names[0]}"]
+    return ["-lcudart"]
 
 
 def cuda_archs(devices: list[tuple[int, int]]) -> list[str]:
@@ -161,6 +191,11 @@ def arch_flags(archs: list[str]) -> list[str]:
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    host = ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])
+    return [*STANDARD, *arch_flags(archs), "-Werror=all-warnings", f"-Xcompiler={host}"]
 
 
 def isa_of(source: Path) -> str | None:
@@ -187,21 +222,19 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
 
     # As system folders, so that our warnings are not about others' headers.
     system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    libraries = ["c10", "torch_cpu", "torch"]
-    folders = cpp_extension.library_paths()
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     instrument = []
     if decision.sanitizers:
         instrument = [f"-fsanitize={','.join(decision.sanitizers)}", "-fno-sanitize-recover=all", "-g"]
         instrument += ["-fno-omit-frame-pointer"]
-    cxx = [*STANDARD, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument, f"-I{folder}"]
+    cxx = [*STANDARD, *ARITHMETIC, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument, f"-I{folder}"]
     if tools.cuda_home is not None:
         cxx.append("-DMETAFAST_WITH_CUDA")
-        system.append(str(tools.cuda_home / "include"))
-        libraries += ["c10_cuda", "cudart"]
-        folders.append(str(tools.cuda_home / "lib64"))
+        system += cuda_headers(tools.cuda_home)
+        link += ["-lc10_cuda", *cuda_runtime(tools.cuda_home)]
     cxx += [part for path in system for part in ("-isystem", path)]
     cxx += shlex.split(os.environ.get("CXXFLAGS", ""))
-    link = [f"-L{path}" for path in folders] + [f"-l{name}" for name in libraries] + ["-fopenmp", *instrument]
+    link += ["-fopenmp", *instrument]
 
     with (folder / "build.ninja").open("w") as file:
         ninja = Writer(file, width=110)
@@ -212,10 +245,8 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
         ninja.variable("flags", shlex.join(cxx))
         ninja.variable("linkflags", shlex.join(link))
         if tools.cuda_home is not None:
-            host = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
-            nvcc = [*STANDARD, *arch_flags(decision.cuda_archs), "-Werror=all-warnings"]
             ninja.variable("nvcc", shlex.quote(str(tools.cuda_home / "bin/nvcc")))
-            ninja.variable("nvccflags", shlex.join([*nvcc, f"-Xcompiler={','.join(host)}"]))
+            ninja.variable("nvccflags", shlex.join(nvcc_flags(decision.cuda_archs)))
         objects = []
         for source in sources(decision):
             objects.append(str(folder / f"{source.relative_to(CSRC)}.o"))
@@ -254,8 +285,9 @@ class BuildPython(build_py):
         (package / "_build_info.json").write_text(DECISION.json())
 
 
-DECISION, TOOLS = decide()
-setup(
-    ext_modules=[Extension("metafast._C", [])] if DECISION.extension else [],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-)
+if __name__ == "__main__":  # so it is for pip too; the tests import the functions
+    DECISION, TOOLS = decide()
+    setup(
+        ext_modules=[Extension("metafast._C", [])] if DECISION.extension else [],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    )

@@ -1,14 +1,84 @@
 // metafast._C: what is no tensor operator. Operators register themselves when the library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/isa.h"
 #include "build_info.h"  // written by setup.py: kBuildInfo, JSON
+#include "engine.h"
+
+namespace py = pybind11;
+using at::Tensor;
+using metafast::Engine;
+using metafast::Inner;
+using metafast::Side;
+using Params = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+namespace {
+
+using Outcome = std::tuple<Tensor, Tensor, Tensor, MaybeTensor>;
+
+Outcome as_tuple(metafast::MetaOutcome&& out) {
+  return {std::move(out.loss), std::move(out.losses), std::move(out.logits), std::move(out.accuracy)};
+}
+
+const Tensor& or_none(const MaybeTensor& t) {
+  static const Tensor none;
+  return t ? *t : none;
+}
+
+using MetaFunction = metafast::MetaOutcome (Engine::*)(const Params&, const Tensor&, const Side&, const Side&,
+                                                       const Inner&, const MaybeTensor&);
+
+template <MetaFunction function>
+Outcome meta(Engine& engine, const Params& params, const MaybeTensor& constants, const Tensor& support_x,
+             const Tensor& support_y, const Tensor& query_x, const Tensor& query_y, int64_t steps,
+             double rate, const MaybeTensor& rates, bool first_order, const MaybeTensor& weights) {
+  const py::gil_scoped_release release;
+  return as_tuple((engine.*function)(params, or_none(constants), {support_x, support_y}, {query_x, query_y},
+                                     {steps, rate, rates, first_order}, weights));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "metafast's compiled kernels; metafast._native is the way in.";
   m.def("build_info", [] { return metafast::kBuildInfo; }, "What setup.py decided, as JSON.");
   m.def("isas", metafast::cpu::supported, "Instruction sets of this build that run here, ascending.");
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
-  m.def("use_isa", metafast::cpu::use, pybind11::arg("isa"), "Force an instruction set, for tests.");
+  m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine",
+                                              "A lowered network in one dtype; metafast/engine/native.py.")
+      .def(py::init([](const std::vector<int64_t>& ints, const std::vector<double>& numbers,
+                       at::ScalarType dtype) { return std::make_shared<Engine>(ints, numbers, dtype); }),
+           py::arg("ints"), py::arg("numbers"), py::arg("dtype"))
+      .def(
+          "outputs",
+          [](Engine& e, const Tensor& phi, const MaybeTensor& constants, const Tensor& x) {
+            return e.outputs(phi, or_none(constants), x);
+          },
+          release)
+      .def(
+          "pullback",
+          [](Engine& e, const Tensor& phi, const MaybeTensor& constants, const Tensor& x,
+             const Tensor& cotangent) { return e.pullback(phi, or_none(constants), x, cotangent); },
+          release)
+      .def(
+          "gradient",
+          [](Engine& e, const Tensor& phi, const MaybeTensor& constants, const Tensor& x, const Tensor& y) {
+            return e.gradient(phi, or_none(constants), {x, y});
+          },
+          release)
+      .def(
+          "hvp",
+          [](Engine& e, const Tensor& phi, const MaybeTensor& constants, const Tensor& x, const Tensor& y,
+             const Tensor& vector) { return e.hvp(phi, or_none(constants), {x, y}, vector); },
+          release)
+      .def("meta_step", meta<&Engine::meta_step>)
+      .def("accumulate", meta<&Engine::accumulate>)
+      .def("workspace", &Engine::workspace, py::arg("support"), py::arg("query"), py::arg("steps"),
+           "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.");
 }

@@ -1,0 +1,78 @@
+// What the engine does for T tasks, as plain numbers and pointers: the torch side fills a Job, the
+// instruction sets' tables run its tasks one by one. Nothing here allocates.
+#pragma once
+
+#include "../engine/program.h"
+
+namespace metafast::cpu {
+
+enum class What : int32_t {
+  outputs,    // logits = f(x; phi)                                                  on `query`
+  pullback,   // gradient = vjp of f at phi along cotangent                          on `query`
+  gradient,   // loss, gradient = grad L(phi)                                        on `support`
+  hvp,        // gradient = H(phi) vector                                            on `support`
+  meta_step,  // inner loop on `support`, loss and logits on `query`, and the gradient of the loss (or, with a
+              // cotangent, of <cotangent, logits>) with respect to theta where gradient is not null
+};
+
+// Where a thread's buffers lie, in elements from the start of its workspace.
+struct WorkspaceLayout {
+  Pass support, query;
+  int64_t w, direction, product;  // (params,) each
+  int64_t tape;                   // (steps, params): phi_1 .. phi_steps
+  int64_t size;
+};
+
+template <class Real>
+struct Data {
+  const Real* x;          // (T, N, C, H, W)
+  const int64_t* labels;  // (T, N) for cross_entropy
+  const Real* values;     // (T, N, D) for mse
+};
+
+template <class Real>
+struct Job {
+  What what;
+  const Program* program;
+  const WorkspaceLayout* layout;
+  int64_t tasks;
+  Data<Real> support, query;
+
+  // Parameters: for meta_step theta (params,) as the engine has it; for the others phi (T, P) or, with
+  // phi_stride 0, (P,), P = program->adapting, in the user's order.
+  const Real* theta;
+  const Real* phi;
+  int64_t phi_stride;
+  const Real* constants;  // what follows the P adapting in the user's order
+  const Real* vector;     // hvp: (T, P)
+  const Real* cotangent;  // (T, N, D) of the outputs
+
+  // meta_step: phi_{k+1} = phi_k - rate_k g_k with rate_k = rates + k * rates_stride, (params,), or `rate`.
+  int64_t steps;
+  bool first_order;
+  Real rate;
+  const Real* rates;
+  int64_t rates_stride;
+
+  // Results; null where not wanted. gradient: (T, P) in the user's order, for meta_step (T, params) in the
+  // engine's.
+  Real *losses, *logits, *accuracy, *gradient;
+};
+
+template <class Real>
+struct EngineFunctions {
+  void (*run_task)(const Job<Real>&, int64_t task, Real* workspace);
+  // sums[i] = sum_t weights[t] rows[t * size + i] in the order of tasks, for i in [begin, end).
+  void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t size, const Real* weights, int64_t begin,
+                       int64_t end, Real* sums);
+};
+
+// The engine for one instruction set.
+struct EngineTable {
+  EngineFunctions<float> float32;
+  EngineFunctions<double> float64;
+};
+
+extern const EngineTable kEngineBaseline, kEngineAvx2, kEngineAvx512;
+
+}  // namespace metafast::cpu

@@ -1,0 +1,181 @@
+// Linear and two-dimensional convolution layers: a linear one is a convolution of kernel 1 on one pixel.
+//
+//   y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, i s + u - p, j s + v - p, c] w[u, v, c, o]
+//
+// Parameters: w as [kernel_h * kernel_w][C of x][pixel of y], then b [pixel of y] where there is one.
+//   fwd    y            bwd   dw (db) from x and dy; dx from dy and w
+//   tfwd   ty = x*tw + tx*w + tb
+//   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
+// The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
+// makes them wide enough. saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of
+// y][pixel of x], where dx is wanted. Tested by tests/engine/test_layers.py.
+#pragma once
+
+#include "call.h"
+#include "multiply.h"
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+// A kernel of more taps than this is not lowered (program.cpp).
+constexpr int64_t kMostTaps = 169;
+
+// From each output pixel to the corner of its window.
+inline Walk conv_walk(const Layer& l, const Value& in, const Value& out, int64_t samples) {
+  return {samples,
+          out.h,
+          out.w,
+          in.origin - l.pad_h * in.row - l.pad_w * in.pixel,
+          in.sample,
+          l.stride_h * in.row,
+          l.stride_w * in.pixel,
+          out.origin,
+          out.sample,
+          out.row,
+          out.pixel};
+}
+
+template <class Real>
+void conv_transpose_weights(const Call<Real>& c, const Real* w, Real* transposed) {
+  const int64_t taps = c.layer->kernel_h * c.layer->kernel_w, block = c.in->c * c.out->pixel;
+  for (int64_t t = 0; t < taps; ++t) {
+    transpose(w + t * block, c.in->c, c.out->c, c.out->pixel, transposed + t * c.out->c * c.in->pixel,
+              c.in->pixel);
+  }
+}
+
+// dx = w^T * dy, and with a second pair (dy1, wt1) the sum of both.
+template <class Real>
+void conv_input_gradient(const Call<Real>& c, const Real* dy, const Real* wt, const Real* dy1,
+                         const Real* wt1, Real* dx) {
+  const Layer& l = *c.layer;
+  const Value &in = *c.in, &out = *c.out;
+  int64_t offset[2 * kMostTaps];
+  const Real* b[2 * kMostTaps];
+  // Pixels of x by their place in the stride: those of one phase see the same taps.
+  for (int64_t phase_h = 0; phase_h < l.stride_h; ++phase_h) {
+    for (int64_t phase_w = 0; phase_w < l.stride_w; ++phase_w) {
+      const int64_t i = (phase_h - l.pad_h % l.stride_h + l.stride_h) % l.stride_h;  // first pixel with
+      const int64_t j =
+          (phase_w - l.pad_w % l.stride_w + l.stride_w) % l.stride_w;  // (i + pad) % stride == phase
+      if (i >= in.h || j >= in.w) continue;
+      int64_t taps = 0;
+      for (int pair = 0; pair < (dy1 == nullptr ? 1 : 2); ++pair) {
+        for (int64_t u = phase_h; u < l.kernel_h; u += l.stride_h) {
+          for (int64_t v = phase_w; v < l.kernel_w; v += l.stride_w, ++taps) {
+            const int64_t row = (i + l.pad_h - u) / l.stride_h, pixel = (j + l.pad_w - v) / l.stride_w;
+            offset[taps] = row * out.row + pixel * out.pixel + (pair == 0 ? 0 : dy1 - dy);
+            b[taps] = (pair == 0 ? wt : wt1) + (u * l.kernel_w + v) * out.c * in.pixel;
+          }
+        }
+      }
+      const Walk walk{c.samples,
+                      (in.h - i + l.stride_h - 1) / l.stride_h,
+                      (in.w - j + l.stride_w - 1) / l.stride_w,
+                      out.origin,
+                      out.sample,
+                      out.row,
+                      out.pixel,
+                      in.origin + i * in.row + j * in.pixel,
+                      in.sample,
+                      l.stride_h * in.row,
+                      l.stride_w * in.pixel};
+      // With no tap (a stride beyond the kernel) this writes the zeros.
+      multiply(walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
+               static_cast<const Real*>(nullptr), dx);
+    }
+  }
+}
+
+// dw (and db) = x^T * dy, added to where `add`.
+template <class Real>
+void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, Real* dw, bool add) {
+  const Layer& l = *c.layer;
+  const Value &in = *c.in, &out = *c.out;
+  const Walk walk = conv_walk(l, in, out, c.samples);
+  // As many rows at a time as the table of offsets has room for; a tile never needs more.
+  constexpr int64_t kRows = 1024;
+  int64_t offset[kRows];
+  const int64_t rows = l.kernel_h * l.kernel_w * in.c;
+  for (int64_t lane = lanes_of<Real>(out.c); lane < out.pixel; lane += kLanes<Real>) {
+    for (int64_t row = 0; row < rows; ++row) store(dw + row * out.pixel + lane, Vec<Real>{});
+  }
+  int64_t filled = 0, first = 0, at = 0;
+  for (int64_t u = 0; u < l.kernel_h; ++u) {
+    for (int64_t v = 0; v < l.kernel_w; ++v) {
+      for (int64_t channel = 0; channel < in.c; ++channel) {
+        offset[filled++] = u * in.row + v * in.pixel + channel;
+        ++at;
+        if (filled == kRows || at == rows) {
+          outer(walk, x, offset, filled, dy, lanes_of<Real>(out.c), dw + first * out.pixel, out.pixel, add);
+          first = at;
+          filled = 0;
+        }
+      }
+    }
+  }
+}
+
+template <class Real>
+void conv_fwd(const Call<Real>& c) {
+  const Layer& l = *c.layer;
+  const Value &in = *c.in, &out = *c.out;
+  int64_t offset[kMostTaps];
+  const Real* b[kMostTaps];
+  const int64_t taps = l.kernel_h * l.kernel_w, block = in.c * out.pixel;
+  for (int64_t t = 0; t < taps; ++t) {
+    offset[t] = t / l.kernel_w * in.row + t % l.kernel_w * in.pixel;
+    b[t] = c.w + t * block;
+  }
+  multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+           lanes_of<Real>(out.c), l.bias ? c.w + taps * block : nullptr, c.y);
+}
+
+template <class Real>
+void conv_bwd(const Call<Real>& c) {
+  const Layer& l = *c.layer;
+  if (c.dw != nullptr) {
+    conv_weight_gradient(c, c.x, c.dy, c.dw, false);
+    const int64_t weights = l.kernel_h * l.kernel_w * c.in->c * c.out->pixel;
+    if (l.bias) column_sums(conv_walk(l, *c.in, *c.out, c.samples), c.dy, c.out->pixel, c.dw + weights);
+  }
+  if (c.dx == nullptr) return;
+  conv_transpose_weights(c, c.w, c.saved);
+  conv_input_gradient<Real>(c, c.dy, c.saved, nullptr, nullptr, c.dx);
+}
+
+template <class Real>
+void conv_tfwd(const Call<Real>& c) {
+  const Layer& l = *c.layer;
+  const Value &in = *c.in, &out = *c.out;
+  int64_t offset[2 * kMostTaps];
+  const Real* b[2 * kMostTaps];
+  const int64_t kernel = l.kernel_h * l.kernel_w, block = in.c * out.pixel;
+  const int64_t taps = c.tx == nullptr ? kernel : 2 * kernel;
+  for (int64_t t = 0; t < taps; ++t) {
+    const bool second = t >= kernel;  // tx * w, as further taps that lie where tx does
+    const int64_t tap = second ? t - kernel : t;
+    offset[t] = tap / l.kernel_w * in.row + tap % l.kernel_w * in.pixel + (second ? c.tx - c.x : 0);
+    b[t] = (second ? c.w : c.tw) + tap * block;
+  }
+  multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+           lanes_of<Real>(out.c), l.bias ? c.tw + kernel * block : nullptr, c.ty);
+}
+
+template <class Real>
+void conv_tbwd(const Call<Real>& c) {
+  const Layer& l = *c.layer;
+  conv_weight_gradient(c, c.x, c.tdy, c.tdw, false);
+  if (c.tx != nullptr) conv_weight_gradient(c, c.tx, c.dy, c.tdw, true);
+  const int64_t weights = l.kernel_h * l.kernel_w * c.in->c * c.out->pixel;
+  if (l.bias) column_sums(conv_walk(l, *c.in, *c.out, c.samples), c.tdy, c.out->pixel, c.tdw + weights);
+  if (c.tdx == nullptr) return;
+  conv_transpose_weights(c, c.tw, c.tsaved);
+  conv_input_gradient<Real>(c, c.tdy, c.saved, c.dy, c.tsaved, c.tdx);
+}
+
+template <class Real>
+constexpr LayerFunctions<Real> kConv{conv_fwd<Real>, conv_bwd<Real>, conv_tfwd<Real>, conv_tbwd<Real>};
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu

@@ -1,0 +1,327 @@
+// The two matrix products that linear and convolution layers are made of, on rows that lie anywhere.
+//
+//   multiply   c[q, :] = bias + sum_t sum_k a[q + offset_t + k] * b_t[k, :]         forward, input gradient,
+//   tangents outer      d[m, :] = sum_q a[q + offset_m] * g[q, :]                            weight gradient
+//
+// q walks over pixels of several samples, in two values at once. A register tile holds `rows` x `vectors`
+// accumulators; scalars of a are broadcast, so that a may have any strides; rows of b, c, d, g are whole
+// vectors. Overwrites c; overwrites or adds to d.
+#pragma once
+
+#include "simd.h"
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+// N x H x W pixels in two values: where pixel (n, i, j) lies in each, in elements.
+struct Walk {
+  int64_t samples, h, w;
+  int64_t from_origin, from_sample, from_row, from_pixel;
+  int64_t to_origin, to_sample, to_row, to_pixel;
+
+  int64_t count() const { return samples * h * w; }
+  // Samples of one pixel are one row of pixels: loops over rows are then long.
+  Walk collapsed() const {
+    if (h != 1 || w != 1) return *this;
+    return {1, 1, samples, from_origin, 0, 0, from_sample, to_origin, 0, 0, to_sample};
+  }
+};
+
+// Steps through a walk.
+struct Cursor {
+  const Walk& walk;
+  int64_t n = 0, i = 0, j = 0, from, to;
+  explicit Cursor(const Walk& w) : walk(w), from(w.from_origin), to(w.to_origin) {}
+  void next() {
+    if (++j < walk.w) {
+      from += walk.from_pixel;
+      to += walk.to_pixel;
+      return;
+    }
+    j = 0;
+    if (++i == walk.h) {
+      i = 0;
+      ++n;
+    }
+    from = walk.from_origin + n * walk.from_sample + i * walk.from_row;
+    to = walk.to_origin + n * walk.to_sample + i * walk.to_row;
+  }
+};
+
+// How many vectors a tile has across: few enough that enough rows fit besides.
+constexpr int kMostVectors = kAccumulators >= 24 ? 4 : 2;
+constexpr int kMostRows = 12;
+constexpr int most_rows(int vectors) {
+  return kAccumulators / vectors < kMostRows ? kAccumulators / vectors : kMostRows;
+}
+
+// Splits `whole` into the fewest parts of at most `most`, as even as can be: the size of part number `index`.
+inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+inline int part_size(int64_t whole, int64_t parts, int64_t index) {
+  return int(whole / parts + (index < whole % parts ? 1 : 0));
+}
+
+template <class Real>
+struct Taps {
+  int64_t count;
+  const int64_t* offset;  // (count,)
+  const Real* const* b;   // (count,) matrices (k, ldb)
+  int64_t k, ldb;
+};
+
+template <class Real, int kRows, int kVectors>
+void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column, const Real* bias,
+                   Real* const* c) {
+  using V = Vec<Real>;
+  constexpr int kL = kLanes<Real>;
+  V sum[kRows][kVectors];
+  const Real* row[kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+    row[m] = a[m];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = bias == nullptr ? V{} : load(bias + column + v * kL);
+  }
+  for (int64_t t = 0; t < taps.count; ++t) {
+    const Real* b = taps.b[t] + column;
+    const int64_t begin = taps.offset[t], end = begin + taps.k;
+    for (int64_t k = begin; k < end; ++k, b += taps.ldb) {
+      V factor[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) factor[v] = load(b + v * kL);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const V x = splat(row[m][k]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[m][v] += x * factor[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(c[m] + column + v * kL, sum[m][v]);
+  }
+}
+
+// Pixels [first, first + count) of `walk`, which must be a row of pixels; see `outer`.
+template <class Real, int kRows, int kVectors>
+void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, Real* d, int64_t ldd,
+                bool add) {
+  using V = Vec<Real>;
+  constexpr int kL = kLanes<Real>;
+  V sum[kRows][kVectors];
+  int64_t at[kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+    at[m] = offset[m];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = add ? load(d + m * ldd + v * kL) : V{};
+  }
+  for (int64_t n = 0; n < walk.samples; ++n) {
+    for (int64_t i = 0; i < walk.h; ++i) {
+      const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
+      const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
+      for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
+        V factor[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) factor[v] = load(y + v * kL);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          const V s = splat(x[at[m]]);
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) sum[m][v] += s * factor[v];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(d + m * ldd + v * kL, sum[m][v]);
+  }
+}
+
+// The tiles of all shapes: [vectors - 1][rows - 1], null where they would not fit in registers.
+template <class Real>
+struct Tiles {
+  using Multiply = void (*)(const Real* const*, const Taps<Real>&, int64_t, const Real*, Real* const*);
+  using Outer = void (*)(const Real*, const int64_t*, const Real*, const Walk&, Real*, int64_t, bool);
+  Multiply multiply[kMostVectors][kMostRows] = {};
+  Outer outer[kMostVectors][kMostRows] = {};
+
+  constexpr Tiles() { fill<1, 1>(); }
+  template <int kRows, int kVectors>
+  constexpr void fill() {
+    multiply[kVectors - 1][kRows - 1] = multiply_tile<Real, kRows, kVectors>;
+    outer[kVectors - 1][kRows - 1] = outer_tile<Real, kRows, kVectors>;
+    if constexpr (kRows < most_rows(kVectors)) {
+      fill<kRows + 1, kVectors>();
+    } else if constexpr (kVectors < kMostVectors) {
+      fill<1, kVectors + 1>();
+    }
+  }
+};
+template <class Real>
+constexpr Tiles<Real> kTiles{};
+
+// c at walk.to, `columns` lanes of each pixel; a at walk.from.
+template <class Real>
+void multiply(const Walk& walk, const Real* a, const Taps<Real>& taps, int64_t columns, const Real* bias,
+              Real* c) {
+  const int64_t vectors = columns / kLanes<Real>, groups = parts_of(vectors, kMostVectors);
+  const int64_t pixels = walk.count();
+  for (int64_t group = 0, column = 0; group < groups; ++group) {
+    const int across = part_size(vectors, groups, group);
+    const int64_t tiles = parts_of(pixels, most_rows(across));
+    Cursor cursor(walk);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int rows = part_size(pixels, tiles, tile);
+      const Real* from[kMostRows];
+      Real* to[kMostRows];
+      for (int m = 0; m < rows; ++m, cursor.next()) {
+        from[m] = a + cursor.from;
+        to[m] = c + cursor.to;
+      }
+      kTiles<Real>.multiply[across - 1][rows - 1](from, taps, column, bias, to);
+    }
+    column += across * kLanes<Real>;
+  }
+}
+
+// d (rows, ldd), `columns` lanes of each row: row m sums a at walk.from + offset[m] times g at walk.to.
+template <class Real>
+void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t rows, const Real* g,
+           int64_t columns, Real* d, int64_t ldd, bool add) {
+  // Blocks of samples of which both values stay in the cache over all tiles.
+  constexpr int64_t kBlockBytes = 256 * 1024;
+  const Walk walk = pixels.collapsed();
+  const int64_t bytes = walk.h * walk.w * (walk.from_pixel + walk.to_pixel) * int64_t(sizeof(Real));
+  const int64_t fit = bytes > kBlockBytes ? 1 : kBlockBytes / bytes;
+  const int64_t blocks = parts_of(walk.samples, fit);
+  const int64_t vectors = columns / kLanes<Real>, groups = parts_of(vectors, kMostVectors);
+  Walk block = walk;
+  for (int64_t b = 0; b < blocks; ++b) {
+    block.samples = part_size(walk.samples, blocks, b);
+    for (int64_t group = 0, column = 0; group < groups; ++group) {
+      const int across = part_size(vectors, groups, group);
+      const int64_t tiles = parts_of(rows, most_rows(across));
+      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+        const int high = part_size(rows, tiles, tile);
+        kTiles<Real>.outer[across - 1][high - 1](a, offset + row, g + column, block, d + row * ldd + column,
+                                                 ldd, add || b > 0);
+        row += high;
+      }
+      column += across * kLanes<Real>;
+    }
+    block.from_origin += block.samples * block.from_sample;
+    block.to_origin += block.samples * block.to_sample;
+  }
+}
+
+// sums[:] = sum over pixels of g at walk.to; a row's sum first, for the rounding.
+template <class Real>
+void column_sums(const Walk& pixels, const Real* g, int64_t columns, Real* sums) {
+  const Walk walk = pixels.collapsed();
+  for (int64_t column = 0; column < columns; column += kLanes<Real>) {
+    Vec<Real> total{};
+    for (int64_t n = 0; n < walk.samples; ++n) {
+      for (int64_t i = 0; i < walk.h; ++i) {
+        const Real* row = g + walk.to_origin + n * walk.to_sample + i * walk.to_row + column;
+        Vec<Real> sum{};
+        for (int64_t j = 0; j < walk.w; ++j) sum += load(row + j * walk.to_pixel);
+        total += sum;
+      }
+    }
+    store(sums + column, total);
+  }
+}
+
+// b (columns, ldb) = a (rows, lda) transposed; b's lanes beyond `rows` become zero. lda and ldb are whole
+// vectors.
+#if defined(__AVX2__)
+// In blocks of 32 bytes a side, with AVX-512 too: larger ones need more shuffles than they save.
+template <class Real>
+struct Block;
+template <>
+struct Block<float> {
+  typedef float Row __attribute__((vector_size(32)));
+  typedef float Memory __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(32)));
+  static constexpr int kSide = 8;
+};
+template <>
+struct Block<double> {
+  typedef double Row __attribute__((vector_size(32)));
+  typedef double Memory __attribute__((vector_size(32), aligned(8), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(32)));
+  static constexpr int kSide = 4;
+};
+
+// Rows and lanes change places, in log2(kSide) rounds of exchanging halves.
+inline void transpose_block(Block<float>::Row* r) {
+  using Mask = Block<float>::Mask;
+  const auto exchange = [&](int i, int j, Mask low, Mask high) {
+    const Block<float>::Row a = r[i], b = r[j];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[j] = __builtin_shuffle(a, b, high);
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    exchange(i, i + 4, Mask{0, 1, 2, 3, 8, 9, 10, 11}, Mask{4, 5, 6, 7, 12, 13, 14, 15});
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    exchange(at, at + 2, Mask{0, 1, 8, 9, 4, 5, 12, 13}, Mask{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2)
+    exchange(i, i + 1, Mask{0, 8, 2, 10, 4, 12, 6, 14}, Mask{1, 9, 3, 11, 5, 13, 7, 15});
+}
+inline void transpose_block(Block<double>::Row* r) {
+  using Mask = Block<double>::Mask;
+  const auto exchange = [&](int i, int j, Mask low, Mask high) {
+    const Block<double>::Row a = r[i], b = r[j];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[j] = __builtin_shuffle(a, b, high);
+  };
+  exchange(0, 2, Mask{0, 1, 4, 5}, Mask{2, 3, 6, 7});
+  exchange(1, 3, Mask{0, 1, 4, 5}, Mask{2, 3, 6, 7});
+  exchange(0, 1, Mask{0, 4, 2, 6}, Mask{1, 5, 3, 7});
+  exchange(2, 3, Mask{0, 4, 2, 6}, Mask{1, 5, 3, 7});
+}
+
+template <class Real>
+void transpose(const Real* a, int64_t rows, int64_t columns, int64_t lda, Real* b, int64_t ldb) {
+  using B = Block<Real>;
+  using Row = typename B::Row;
+  constexpr int kSide = B::kSide;
+  for (int64_t r = 0; r < ldb; r += kSide) {
+    const int64_t high = rows - r;
+    for (int64_t c = 0; c < columns; c += kSide) {
+      Row block[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        block[i] = i < high ? *reinterpret_cast<const typename B::Memory*>(a + (r + i) * lda + c) : Row{};
+      }
+      transpose_block(block);
+      // Not a loop up to the last column: a variable bound would put the block into memory.
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        if (c + i < columns) *reinterpret_cast<typename B::Memory*>(b + (c + i) * ldb + r) = block[i];
+      }
+    }
+  }
+}
+#else
+template <class Real>
+void transpose(const Real* a, int64_t rows, int64_t columns, int64_t lda, Real* b, int64_t ldb) {
+  for (int64_t c = 0; c < columns; ++c, b += ldb) {
+    for (int64_t r = 0; r < rows; ++r) b[r] = a[r * lda + c];
+    for (int64_t r = rows; r < ldb; ++r) b[r] = 0;
+  }
+}
+#endif
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu

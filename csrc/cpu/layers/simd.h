@@ -1,0 +1,78 @@
+// Vectors of the instruction set that this file is compiled for, by the compiler's vector extension: arithmetic on
+// them is written as on numbers. kLanes of Real; a value's pixel is a whole number of them for every set.
+#pragma once
+
+#ifndef METAFAST_ISA
+#error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
+#endif
+
+#include <cstdint>
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+constexpr int kAccumulators = 24;  // of 32 registers, the rest for operands
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+constexpr int kAccumulators = 12;  // of 16
+#else
+constexpr int kRegisterBytes = 16;
+constexpr int kAccumulators = 12;
+#endif
+
+template <class Real>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(kRegisterBytes)));
+  typedef float Unaligned __attribute__((vector_size(kRegisterBytes), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(kRegisterBytes)));
+};
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(kRegisterBytes)));
+  typedef double Unaligned __attribute__((vector_size(kRegisterBytes), aligned(8), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(kRegisterBytes)));
+};
+
+template <class Real>
+using Vec = typename Simd<Real>::Vec;
+template <class Real>
+constexpr int kLanes = kRegisterBytes / int(sizeof(Real));
+
+// Lanes that `channels` channels take, in whole vectors of this instruction set: a pixel may have more.
+template <class Real>
+constexpr int64_t lanes_of(int64_t channels) {
+  return (channels + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+}
+
+template <class Real>
+inline Vec<Real> load(const Real* p) {
+  return *reinterpret_cast<const typename Simd<Real>::Unaligned*>(p);
+}
+template <class Real>
+inline void store(Real* p, Vec<Real> v) {
+  *reinterpret_cast<typename Simd<Real>::Unaligned*>(p) = v;
+}
+template <class Real>
+inline Vec<Real> splat(Real x) {
+  return x - Vec<Real>{};
+}
+// a where the condition (a comparison of vectors) holds, else b.
+template <class V, class M>
+inline V select(M condition, V a, V b) {
+  return condition ? a : b;
+}
+
+// Calls visit(offset) for the first lane of every pixel of N samples, row by row; `count` pixels lie `pixel` apart.
+template <class Visit>
+inline void for_each_row(int64_t samples, int64_t h, int64_t origin, int64_t sample, int64_t row, const Visit& visit) {
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t i = 0; i < h; ++i) visit(origin + n * sample + i * row);
+  }
+}
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu

@@ -1,0 +1,64 @@
+// Makes Programs and workspace layouts: the part of the engine that allocates. Once a network, not once a
+// call.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/job.h"
+
+namespace metafast {
+
+// Owns what a Program points to, and the layouts of its workspaces.
+class Plan {
+ public:
+  // From metafast.engine.lowering's descriptor; `element` is sizeof(Real). Throws std::invalid_argument where
+  // the numbers are no network.
+  Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers, int64_t element);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  const Program& program() const { return program_; }
+  int64_t element() const { return element_; }
+  int64_t constants() const { return user_params_ - program_.adapting; }
+
+  // For a kind of job on so many support and query samples and inner steps; 0 where it has none. The same
+  // arguments give the same object, which lives as long as the network. Safe from several threads.
+  const cpu::WorkspaceLayout& layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
+                                     int64_t steps);
+
+ private:
+  struct PassStore {
+    std::vector<int64_t> value, adjoint, extra, tangent, tadjoint, saved, tsaved;
+  };
+  struct LayoutStore {
+    PassStore support, query;
+    cpu::WorkspaceLayout layout;
+  };
+  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t>;
+
+  void add_layer(const int64_t* d, double number, double number1);
+  void fuse();
+  void add_parameters();
+  void decide_borders();
+  void decide_strides();
+  void decide_destinations();
+  void decide_saved();
+  Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t& size) const;
+
+  int64_t element_, lanes_, user_params_;
+  std::vector<Value> values_;
+  std::vector<Layer> layers_;
+  std::vector<int64_t> weight_, bias_;  // of each layer, in the user's vector, -1 where none
+  std::vector<int64_t> source_;
+  std::vector<int32_t> shared_;  // values that several gradients arrive at
+  int64_t scratch_per_call_ = 0;
+  Program program_{};
+  std::mutex mutex_;
+  std::map<Key, LayoutStore> layouts_;
+};
+
+}  // namespace metafast

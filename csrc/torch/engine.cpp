@@ -1,0 +1,500 @@
+#include "engine.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../cpu/isa.h"
+#include "../cpu/pool.h"
+
+namespace metafast {
+
+using at::Tensor;
+using cpu::Job;
+using cpu::What;
+
+namespace {
+
+constexpr cpu::IsaTables<cpu::EngineTable> kTables = METAFAST_ISA_TABLES(cpu::kEngine);
+
+template <class Real>
+const cpu::EngineFunctions<Real>& functions() {
+  if constexpr (std::is_same_v<Real, float>) {
+    return kTables.current().float32;
+  } else {
+    return kTables.current().float64;
+  }
+}
+
+// Calls f(Real{}) for the dtype.
+template <class F>
+auto with_real(at::ScalarType dtype, const F& f) {
+  return dtype == at::kFloat ? f(float{}) : f(double{});
+}
+
+template <class Real>
+const Real* data_or_null(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.const_data_ptr<Real>() : nullptr;
+}
+
+template <class Real>
+cpu::Data<Real> data_of(const Side& side) {
+  cpu::Data<Real> data{side.x.const_data_ptr<Real>(), nullptr, nullptr};
+  if (!side.y.defined()) return data;
+  if (side.y.scalar_type() == at::kLong) {
+    data.labels = side.y.const_data_ptr<int64_t>();
+  } else {
+    data.values = side.y.const_data_ptr<Real>();
+  }
+  return data;
+}
+
+Side contiguous(const Side& side) {
+  return {side.x.contiguous(), side.y.defined() ? side.y.contiguous() : side.y};
+}
+
+}  // namespace
+
+Engine::Engine(const std::vector<int64_t>& ints, const std::vector<double>& numbers, at::ScalarType dtype)
+    : plan_(ints, numbers, dtype == at::kFloat ? 4 : 8), dtype_(dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "dtype: expected float32 or float64, got ",
+                   dtype);
+}
+
+Engine::Workspaces Engine::acquire(const cpu::WorkspaceLayout& layout, int threads) {
+  Workspaces found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = free_.size(); i-- > 0;) {
+      if (free_[i].layout != &layout) continue;
+      found = std::move(free_[i]);
+      free_.erase(free_.begin() + std::ptrdiff_t(i));
+      break;
+    }
+  }
+  found.layout = &layout;
+  while (int(found.threads.size()) < threads) {
+    const size_t bytes = (size_t(layout.size * plan_.element()) + 4095) / 4096 * 4096;
+    void* memory = std::aligned_alloc(4096, bytes > 0 ? bytes : 4096);
+    TORCH_CHECK(memory != nullptr, "metafast: no memory for a workspace of ", bytes, " bytes");
+    std::memset(memory, 0, bytes);
+    found.threads.emplace_back(memory, std::free);
+  }
+  return found;
+}
+
+void Engine::release(Workspaces&& workspaces) {
+  constexpr size_t kMostKept = 4;  // training and evaluation, each at its own sizes
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(std::move(workspaces));
+  if (free_.size() > kMostKept) free_.erase(free_.begin());
+}
+
+// One job: its tensors are held by the caller.
+template <class Real>
+class Engine::Call {
+ public:
+  Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
+       int64_t steps)
+      : engine_(engine) {
+    job.what = what;
+    job.program = &engine.plan_.program();
+    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps);
+    job.tasks = tasks;
+    job.steps = steps;
+  }
+
+  void run() {
+    const int threads = int(std::min<int64_t>(at::get_num_threads(), job.tasks));
+    Workspaces workspaces = engine_.acquire(*job.layout, threads);
+    const auto run_task = functions<Real>().run_task;
+    auto task = [&](int64_t index, int worker) {
+      run_task(job, index, static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
+    };
+    cpu::run_tasks(job.tasks, threads, task);
+    engine_.release(std::move(workspaces));
+  }
+
+  Job<Real> job{};
+
+ private:
+  Engine& engine_;
+};
+
+void Engine::check(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t.device());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype_, name, ": expected dtype ", dtype_, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
+}
+
+int64_t Engine::check_x(const char* name, const Tensor& x, int64_t tasks) const {
+  const Value& in = plan_.program().values[0];
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", x.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == dtype_, name, ": expected dtype ", dtype_, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(0) == tasks && x.size(1) >= 1 &&
+                        x.numel() == tasks * x.size(1) * in.c * in.h * in.w,
+                    name, ": expected (T, N, ...) with T = ", tasks, " and ", in.c * in.h * in.w,
+                    " numbers a sample, got ", x.sizes());
+  return x.size(1);
+}
+
+void Engine::check_side(const char* name, const Side& side, int64_t tasks) const {
+  const int64_t samples = check_x(name, side.x, tasks);
+  const Program& program = plan_.program();
+  const int64_t outputs = program.values[program.value_count - 1].c;
+  TORCH_CHECK_VALUE(side.y.device().is_cpu(), name, ": expected targets on the CPU, got ", side.y.device());
+  if (program.loss == LossKind::cross_entropy) {
+    TORCH_CHECK_TYPE(side.y.scalar_type() == at::kLong, name, ": expected int64 labels, got ",
+                     side.y.scalar_type());
+    TORCH_CHECK_VALUE(side.y.sizes() == at::IntArrayRef({tasks, samples}), name,
+                      ": expected labels of shape (", tasks, ", ", samples, "), got ", side.y.sizes());
+    const Tensor labels = side.y.contiguous();
+    const int64_t* label = labels.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tasks * samples; ++i) {
+      TORCH_CHECK_VALUE(label[i] >= 0 && label[i] < outputs, name, ": expected labels in 0..", outputs - 1,
+                        ", got ", label[i]);
+    }
+  } else {
+    TORCH_CHECK_TYPE(side.y.scalar_type() == dtype_, name, ": expected targets of dtype ", dtype_, ", got ",
+                     side.y.scalar_type());
+    TORCH_CHECK_VALUE(
+        side.y.dim() >= 2 && side.y.size(0) == tasks && side.y.numel() == tasks * samples * outputs, name,
+        ": expected targets (", tasks, ", ", samples, ", ...) of ", outputs, " numbers a sample, got ",
+        side.y.sizes());
+  }
+}
+
+Tensor Engine::single(What what, const Tensor& phi, const Tensor& constants, const Side& side,
+                      const Tensor* vector) {
+  const bool on_support = what == What::gradient || what == What::hvp;
+  const Program& program = plan_.program();
+  const int64_t adapting = program.adapting, outputs = program.values[program.value_count - 1].c;
+  TORCH_CHECK_VALUE(side.x.dim() >= 2, "x: expected (T, N, ...), got ", side.x.sizes());
+  const int64_t tasks = side.x.size(0), samples = check_x("x", side.x, tasks);
+  if (on_support) check_side("support", side, tasks);
+  const bool own = phi.dim() == 2;
+  own ? check("phi", phi, {tasks, adapting}) : check("phi", phi, {adapting});
+  if (plan_.constants() > 0) check("constants", constants, {plan_.constants()});
+  if (what == What::hvp) check("vector", *vector, {tasks, adapting});
+  if (what == What::pullback) {
+    TORCH_CHECK_VALUE(
+        vector->dim() >= 2 && vector->numel() == tasks * samples * outputs && vector->size(0) == tasks,
+        "cotangent: expected (", tasks, ", ", samples, ", ", outputs, "), got ", vector->sizes());
+    check("cotangent", *vector, vector->sizes());
+  }
+
+  const Tensor parameters = phi.contiguous(),
+               fixed = constants.defined() ? constants.contiguous() : constants;
+  const Side held = contiguous(side);
+  const Tensor along = vector == nullptr ? Tensor() : vector->contiguous();
+  const Tensor result = what == What::outputs ? at::empty({tasks, samples, outputs}, phi.options())
+                                              : at::empty({tasks, adapting}, phi.options());
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    Call<Real> call(*this, what, what != What::outputs, tasks, on_support ? samples : 0,
+                    on_support ? 0 : samples, 0);
+    (on_support ? call.job.support : call.job.query) = data_of<Real>(held);
+    call.job.phi = parameters.const_data_ptr<Real>();
+    call.job.phi_stride = own ? adapting : 0;
+    call.job.constants = data_or_null<Real>(fixed);
+    (what == What::hvp ? call.job.vector : call.job.cotangent) = data_or_null<Real>(along);
+    (what == What::outputs ? call.job.logits : call.job.gradient) = result.mutable_data_ptr<Real>();
+    call.run();
+    return 0;
+  });
+  return result;
+}
+
+Tensor Engine::outputs(const Tensor& phi, const Tensor& constants, const Tensor& x) {
+  return single(What::outputs, phi, constants, {x, {}}, nullptr);
+}
+Tensor Engine::pullback(const Tensor& phi, const Tensor& constants, const Tensor& x,
+                        const Tensor& cotangent) {
+  return single(What::pullback, phi, constants, {x, {}}, &cotangent);
+}
+Tensor Engine::gradient(const Tensor& phi, const Tensor& constants, const Side& support) {
+  return single(What::gradient, phi, constants, support, nullptr);
+}
+Tensor Engine::hvp(const Tensor& phi, const Tensor& constants, const Side& support, const Tensor& vector) {
+  return single(What::hvp, phi, constants, support, &vector);
+}
+
+Tensor Engine::flatten(const std::vector<Tensor>& params) const {
+  const Tensor flat = at::empty({plan_.program().adapting}, at::TensorOptions().dtype(dtype_));
+  int64_t at = 0;
+  for (const Tensor& p : params) {
+    TORCH_CHECK_TYPE(p.scalar_type() == dtype_ && p.device().is_cpu(), "params: expected ", dtype_,
+                     " on the CPU, got ", p.scalar_type(), " on ", p.device());
+    TORCH_CHECK_VALUE(at + p.numel() <= plan_.program().adapting, "params: more than ",
+                      plan_.program().adapting);
+    const Tensor held = p.contiguous();
+    std::memcpy(static_cast<char*>(flat.mutable_data_ptr()) + at * plan_.element(), held.const_data_ptr(),
+                size_t(p.numel() * plan_.element()));
+    at += p.numel();
+  }
+  TORCH_CHECK_VALUE(at == plan_.program().adapting, "params: expected ", plan_.program().adapting,
+                    " numbers, got ", at);
+  return flat;
+}
+
+Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
+                                const Side& query, const Inner& inner, const std::optional<Tensor>& cotangent,
+                                bool wants_gradient) {
+  const Program& program = plan_.program();
+  const int64_t outputs = program.values[program.value_count - 1].c;
+  const int64_t tasks = support.x.size(0), shots = support.x.size(1), queries = query.x.size(1);
+  const Side s = contiguous(support), q = contiguous(query);
+  const Tensor fixed = constants.defined() ? constants.contiguous() : constants;
+  const Tensor rates = inner.rates ? inner.rates->contiguous() : Tensor();
+  const at::TensorOptions options = theta.options();
+  Unrolled result;
+  result.outcome.losses = at::empty({tasks}, options);
+  result.outcome.logits = at::empty({tasks, queries, outputs}, options);
+  if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
+  if (wants_gradient) result.gradient = at::empty({tasks, program.params}, options);
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? shots : 0, queries,
+                    inner.steps);
+    Job<Real>& job = call.job;
+    job.support = data_of<Real>(s);
+    job.query = data_of<Real>(q);
+    job.first_order = inner.first_order;
+    job.rate = Real(inner.rate);
+
+    // theta in the engine's order, and where they differ from element to element the rates; whole vectors
+    // long.
+    const bool uneven = rates.defined() || plan_.constants() > 0;
+    const int64_t rows = !uneven ? 0 : rates.defined() ? rates.size(0) : 1;
+    const Tensor ordered = at::empty({1 + rows, program.params}, options);
+    Real* const to = ordered.mutable_data_ptr<Real>();
+    const Real *const from = theta.const_data_ptr<Real>(), *const other = data_or_null<Real>(fixed);
+    for (int64_t i = 0; i < program.params; ++i) {
+      const int64_t p = program.source[i];
+      to[i] = p < 0 ? Real(0) : p < program.adapting ? from[p] : other[p - program.adapting];
+    }
+    for (int64_t k = 0; k < rows; ++k) {
+      const Real* row = rates.defined() ? rates.const_data_ptr<Real>() + k * program.adapting : nullptr;
+      for (int64_t i = 0; i < program.params; ++i) {
+        const int64_t p = program.source[i];
+        const bool adapts = p >= 0 && p < program.adapting;
+        to[(1 + k) * program.params + i] = !adapts ? Real(0) : row == nullptr ? job.rate : row[p];
+      }
+    }
+    job.theta = to;
+    job.rates = uneven ? to + program.params : nullptr;
+    job.rates_stride = rows > 1 ? program.params : 0;
+
+    const Tensor along = cotangent ? cotangent->contiguous() : Tensor();
+    job.cotangent = data_or_null<Real>(along);
+    job.losses = result.outcome.losses.mutable_data_ptr<Real>();
+    job.logits = result.outcome.logits.mutable_data_ptr<Real>();
+    job.accuracy = result.outcome.accuracy ? result.outcome.accuracy->mutable_data_ptr<Real>() : nullptr;
+    job.gradient = wants_gradient ? result.gradient.mutable_data_ptr<Real>() : nullptr;
+    call.run();
+    return 0;
+  });
+  return result;
+}
+
+Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
+  const Program& program = plan_.program();
+  const Tensor sums = at::empty({program.params}, gradient.options());
+  const Tensor flat = at::zeros({program.adapting}, gradient.options());
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    constexpr int64_t kChunk = 16384;
+    const int64_t chunks = (program.params + kChunk - 1) / kChunk;
+    const Real *const rows = gradient.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
+    Real* const to = sums.mutable_data_ptr<Real>();
+    const auto weighted_sum = functions<Real>().weighted_sum;
+    auto chunk = [&](int64_t index, int) {
+      const int64_t begin = index * kChunk, end = std::min(begin + kChunk, program.params);
+      weighted_sum(rows, gradient.size(0), program.params, w, begin, end, to);
+    };
+    cpu::run_tasks(chunks, at::get_num_threads(), chunk);
+    Real* const user = flat.mutable_data_ptr<Real>();
+    for (int64_t i = 0; i < program.params; ++i) {
+      const int64_t p = program.source[i];
+      if (p >= 0 && p < program.adapting) user[p] = to[i];
+    }
+    return 0;
+  });
+  return flat;
+}
+
+void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
+  outcome.loss = at::empty({}, outcome.losses.options());
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    const Real *const w = weights.const_data_ptr<Real>(), *const losses =
+                                                              outcome.losses.const_data_ptr<Real>();
+    Real sum = 0;
+    for (int64_t t = 0; t < outcome.losses.numel(); ++t) sum += w[t] * losses[t];
+    *outcome.loss.mutable_data_ptr<Real>() = sum;
+    return 0;
+  });
+}
+
+namespace {
+
+Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
+                       const at::TensorOptions& options) {
+  if (weights) return weights->detach().contiguous();
+  return at::empty({tasks}, options).fill_(1.0 / double(tasks));
+}
+
+}  // namespace
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Passes gradients on, and raises where they are differentiated: never a constant.
+struct Once : torch::autograd::Function<Once> {
+  static variable_list forward(AutogradContext*, at::TensorList gradients) {
+    variable_list same;
+    for (const Tensor& g : gradients) same.push_back(g.view(g.sizes()));
+    return same;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "metafast: the meta-gradient cannot be differentiated again (once_differentiable)");
+  }
+};
+
+}  // namespace
+
+// Everything that the backward of a meta-step needs besides tensors.
+struct MetaStepContext : torch::CustomClassHolder {
+  std::shared_ptr<Engine> engine;
+  Inner inner;
+};
+
+// The meta-gradient was computed with the meta-objective: what is left to the backward is a weighted sum over
+// tasks. Outputs: loss, losses (T,), logits (T, N, D).
+struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
+  static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
+                               at::TensorList params, Tensor constants, Side support, Side query,
+                               Tensor gradient, Tensor weights, MetaOutcome outcome) {
+    ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
+    variable_list saved{gradient, weights, constants, support.x, support.y, query.x, query.y};
+    for (const Tensor& p : params) saved.push_back(p);
+    ctx->save_for_backward(std::move(saved));
+    return {outcome.loss, outcome.losses, outcome.logits};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    const auto capsule = ctx->saved_data["kept"].toCapsule();
+    const auto& kept = static_cast<const MetaStepContext&>(*capsule);
+    // Raises where a tensor was changed in place since.
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gradient = saved[0], &weights = saved[1], &constants = saved[2];
+    const std::vector<Tensor> params(saved.begin() + 7, saved.end());
+    const bool again = at::GradMode::is_enabled();
+    const at::NoGradGuard no_grad;
+    const Tensor &d_loss = cotangents[0], &d_losses = cotangents[1], &d_logits = cotangents[2];
+    Tensor flat;
+    if (d_loss.defined() || d_losses.defined()) {
+      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
+      if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
+      flat = kept.engine->reduce(gradient, each.contiguous());
+    }
+    if (d_logits.defined()) {
+      const Tensor along = kept.engine
+                               ->unroll(kept.engine->flatten(params), constants, {saved[3], saved[4]},
+                                        {saved[5], saved[6]}, kept.inner, d_logits, true)
+                               .gradient;
+      const Tensor part = kept.engine->reduce(along, at::ones({along.size(0)}, along.options()));
+      flat = flat.defined() ? at::add(flat, part) : part;
+    }
+    variable_list parts;
+    int64_t at = 0;
+    for (const Tensor& p : params) {
+      const size_t bytes = size_t(p.numel()) * gradient.element_size();
+      parts.push_back(at::empty(p.sizes(), gradient.options()));
+      std::memcpy(parts.back().mutable_data_ptr(), static_cast<const char*>(flat.const_data_ptr()) + at,
+                  bytes);
+      at += int64_t(bytes);
+    }
+    if (again) {
+      const at::AutoGradMode grad(true);
+      for (Tensor& part : parts) part.requires_grad_();
+      parts = Once::apply(at::TensorList(parts));
+    }
+    // One for each argument of forward, and for each tensor of the list.
+    variable_list result(1);
+    result.insert(result.end(), parts.begin(), parts.end());
+    result.resize(result.size() + kPlain);
+    return result;
+  }
+
+  static constexpr size_t kPlain = 6;  // forward's arguments after params
+};
+
+MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& constants, const Side& support,
+                              const Side& query, const Inner& inner, const std::optional<Tensor>& weights) {
+  const bool differentiable =
+      at::GradMode::is_enabled() &&
+      std::any_of(params.begin(), params.end(), [](const Tensor& p) { return p.requires_grad(); });
+  Unrolled run;
+  Tensor w;
+  {
+    const at::NoGradGuard no_grad;
+    check_side("support", support, support.x.size(0));
+    check_side("query", query, support.x.size(0));
+    const Tensor theta = flatten(params);
+    w = weights_or_mean(weights, support.x.size(0), theta.options());
+    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable);
+    set_loss(run.outcome, w);
+  }
+  if (!differentiable) return run.outcome;
+  const auto kept = c10::make_intrusive<MetaStepContext>();
+  kept->engine = shared_from_this();
+  kept->inner = inner;
+  // Autograd's own arguments must be tensors, defined ones.
+  const Tensor fixed = constants.defined() ? constants : at::empty({0}, w.options());
+  const variable_list outputs = MetaStepFunction::apply(kept, at::TensorList(params), fixed, support, query,
+                                                        run.gradient, w, run.outcome);
+  return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
+}
+
+MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& constants,
+                               const Side& support, const Side& query, const Inner& inner,
+                               const std::optional<Tensor>& weights) {
+  const at::NoGradGuard no_grad;
+  check_side("support", support, support.x.size(0));
+  check_side("query", query, support.x.size(0));
+  const Tensor theta = flatten(params);
+  const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
+  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true);
+  set_loss(run.outcome, w);
+  const Tensor flat = reduce(run.gradient, w);
+  int64_t at = 0;
+  for (const Tensor& p : params) {
+    const Tensor part = flat.narrow(0, at, p.numel()).view(p.sizes());
+    at += p.numel();
+    Tensor& grad = p.mutable_grad();
+    if (grad.defined()) {
+      grad.add_(part);
+    } else {
+      grad = part.clone();
+    }
+  }
+  return run.outcome;
+}
+
+std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
+  const cpu::WorkspaceLayout& layout = plan_.layout(What::meta_step, true, support, query, steps);
+  return {layout.size * plan_.element(), steps * plan_.program().params * plan_.element()};
+}
+
+}  // namespace metafast

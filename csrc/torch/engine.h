@@ -1,0 +1,104 @@
+// The native engine as torch sees it: tensors in, tensors out. One Engine is one lowered network in one
+// dtype.
+//
+// From the public function to the loop: metafast/learners -> metafast/engine/native.py -> here ->
+// cpu/unroll.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../engine/build.h"
+
+namespace metafast {
+
+// Episodes of one side: x (T, N, ...), and y (T, N) labels or (T, N, D) targets.
+struct Side {
+  at::Tensor x, y;
+};
+
+// How the inner loop steps: phi - rate g, or phi - rates[k] g with rates (K or 1, P) in the user's order.
+struct Inner {
+  int64_t steps;
+  double rate;
+  std::optional<at::Tensor> rates;
+  bool first_order;
+};
+
+struct MetaOutcome {
+  at::Tensor loss, losses, logits;
+  std::optional<at::Tensor> accuracy;  // for labels
+};
+
+class Engine : public std::enable_shared_from_this<Engine> {
+ public:
+  Engine(const std::vector<int64_t>& ints, const std::vector<double>& numbers, at::ScalarType dtype);
+
+  // phi (T, P), or (P,) for all tasks; constants (F,) or empty; x (T, N, ...).
+  at::Tensor outputs(const at::Tensor& phi, const at::Tensor& constants, const at::Tensor& x);  // (T, N, D)
+  at::Tensor pullback(const at::Tensor& phi, const at::Tensor& constants, const at::Tensor& x,
+                      const at::Tensor& cotangent);                                              // (T, P)
+  at::Tensor gradient(const at::Tensor& phi, const at::Tensor& constants, const Side& support);  // (T, P)
+  at::Tensor hvp(const at::Tensor& phi, const at::Tensor& constants, const Side& support,
+                 const at::Tensor& vector);
+
+  // The meta-objective sum_t w_t L_query(phi_K), w_t = 1 / T without weights, as a function of the
+  // parameters, which are in the user's order; differentiable once where grad mode is on and a parameter
+  // requires gradients.
+  MetaOutcome meta_step(const std::vector<at::Tensor>& params, const at::Tensor& constants,
+                        const Side& support, const Side& query, const Inner& inner,
+                        const std::optional<at::Tensor>& weights);
+
+  // The same without autograd: adds the meta-gradient to the parameters' .grad.
+  MetaOutcome accumulate(const std::vector<at::Tensor>& params, const at::Tensor& constants,
+                         const Side& support, const Side& query, const Inner& inner,
+                         const std::optional<at::Tensor>& weights);
+
+  // Bytes of one thread's workspace for a meta-step, and of them the tape of inner steps' parameters.
+  std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
+
+ private:
+  friend struct MetaStepFunction;
+
+  template <class Real>
+  class Call;
+
+  // Workspaces of one layout, a thread each; they start as zeros and are used again.
+  struct Workspaces {
+    const cpu::WorkspaceLayout* layout = nullptr;
+    std::vector<std::unique_ptr<void, void (*)(void*)>> threads;
+  };
+  Workspaces acquire(const cpu::WorkspaceLayout& layout, int threads);
+  void release(Workspaces&& workspaces);
+
+  void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) const;
+  int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks) const;  // N
+  void check_side(const char* name, const Side& side, int64_t tasks) const;
+
+  // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, in the engine's order.
+  struct Unrolled {
+    MetaOutcome outcome;
+    at::Tensor gradient;
+  };
+  Unrolled unroll(const at::Tensor& theta, const at::Tensor& constants, const Side& support,
+                  const Side& query, const Inner& inner, const std::optional<at::Tensor>& cotangent,
+                  bool wants_gradient);
+  // sum_t weights_t gradient_t in the user's order, (P,).
+  at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights);
+  at::Tensor single(cpu::What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
+                    const at::Tensor* vector);
+  at::Tensor flatten(const std::vector<at::Tensor>& params) const;
+  void set_loss(MetaOutcome& outcome, const at::Tensor& weights) const;
+
+  Plan plan_;
+  at::ScalarType dtype_;
+  std::mutex mutex_;
+  std::vector<Workspaces> free_;  // the latest last
+};
+
+}  // namespace metafast
