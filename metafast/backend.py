@@ -67,3 +67,6 @@ def _require(name: str) -> None:
     status = _native.status()
     if not status.available:
         raise ValueError(f"name: backend {name!r} needs the extension, which is not there: {status.reason}")
+    if name not in status.backends:
+        has = ", ".join(repr(b) for b in ("auto", "torch", *status.backends))
+        raise ValueError(f"name: expected a backend of this build, {has}, got {name!r}")

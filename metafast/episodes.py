@@ -102,6 +102,14 @@ class Episodes:
         return self.support_x.shape[0]
 
     @property
+    def signature(self) -> tuple[object, ...]:
+        """All that decides whether a model takes the episodes, but the number of tasks and the numbers themselves."""
+        sx, sy, qx, qy = self._tensors()
+        shapes = (sx.shape[1:], sy.shape[1:], qx.shape[1:], qy.shape[1:])
+        wants_gradients = sx.requires_grad or qx.requires_grad
+        return (*shapes, sx.dtype, sy.dtype, sx.device, wants_gradients, self.classes)
+
+    @property
     def classes(self) -> int | None:
         """Largest label + 1 over support and query; None for regression."""
         self.validate()

@@ -7,6 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.backends import LEARNER_BACKENDS, learners_on
+from tests.nets import NOT_LOWERED
+
+
+@pytest.fixture(params=LEARNER_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that learners run on; a test of what the kernels do not take is marked ``not_lowered``."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    refused = name in NOT_LOWERED or request.node.get_closest_marker("not_lowered") is not None
+    with learners_on(request.param, lowered=not refused):
+        yield request.param
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -83,6 +83,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# Nets that the kernels do not take.
+NOT_LOWERED = {"tied"}
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
     """The named net in float64; its norms' affine weights are moved off 1 and 0, where errors could hide."""
     torch.manual_seed(seed)

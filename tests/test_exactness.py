@@ -14,6 +14,8 @@ from tests.nets import NETS, build, episodes_for, gradient, relative_error
 
 BAR = 1e-10
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def agree(learner: nn.Module, module: nn.Module, out: mf.Outcome, wanted: mf.Outcome, others: list[nn.Module]) -> None:
     """Outcome and gradients of a learner against those of the reference; ``others`` have parameters besides."""
@@ -59,6 +61,7 @@ def test_protonets(name: str, metric: str) -> None:
     agree(proto, encoder, proto(episodes), mf.reference.protonets(encoder, episodes, metric=metric), [])
 
 
+@pytest.mark.not_lowered
 @pytest.mark.parametrize("name", ["conv4", "residual"])
 def test_running_statistics_policy(name: str) -> None:
     model, episodes = build(name), episodes_for(name)
@@ -81,6 +84,7 @@ def test_weights_odd_numbers_of_tasks_and_no_steps(tasks: int, steps: int) -> No
     agree(maml, model, maml(episodes, weights), wanted, [])
 
 
+@pytest.mark.not_lowered
 def test_mse_and_a_callable_loss() -> None:
     torch.manual_seed(0)
     model = mf.models.MLP(1, (7, 5), 1).double()

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from metafast.engine.looped import LoopEngine
+from metafast.engine.native import NativeEngine
+from metafast.engine.networks import NativeNetwork
 from metafast.engine.task_model import Params, TaskModel
 from metafast.engine.vmapped import VmapEngine
 from metafast.rules import UpdateRule
 
-Engine = VmapEngine | LoopEngine
+Engine = NativeEngine | VmapEngine | LoopEngine
 
 
 class EngineChoice:
@@ -23,16 +25,27 @@ class EngineChoice:
         self.vmapped = VmapEngine(task, rule, first_order)
         self.looped = LoopEngine(task, rule, first_order)
         self.task = task
+        self.rule = rule
+        self.first_order = first_order
         self._chosen: dict[tuple[bool, ...], Engine] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Engine:
-        """The engine for support sets x (T, Ns, ...), y (T, Ns, ...); warns once if it is the loop."""
+        """The engine for support sets x (T, Ns, ...), y (T, Ns, ...); warns once if it is not the native one."""
+        network = self.task.native(x)
+        if network is not None:
+            return self.on(network)
         mode = self.task.mode()
         if mode not in self._chosen:
             reason = vmap_obstacle(self.task, x[:1], y[:1])
             self._chosen[mode] = self.looped if reason else self.vmapped
             warn_of_loop(self.task, reason)
+            if reason is None:
+                self.task.native.warn(x)
         return self._chosen[mode]
+
+    def on(self, network: NativeNetwork) -> NativeEngine:
+        """The engine of a lowered network."""
+        return NativeEngine(self.task, self.rule, self.first_order, network)
 
 
 def warn_of_loop(task: TaskModel, reason: str | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
 
+from metafast.engine.networks import NativeNetwork
 from metafast.engine.select import warn_of_loop
 from metafast.engine.task_model import TaskModel
 
@@ -22,10 +23,16 @@ class SharedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         theta = self.task.theta()
+        network = self.task.native(x)
+        if network is not None:
+            embedded: Tensor = _Native.apply(network, theta, x)
+            return embedded
         mode = self.task.mode()
         if mode not in self._obstacles:
             self._obstacles[mode] = self._obstacle(theta.detach(), x[:1])
             warn_of_loop(self.task, self._obstacles[mode])
+            if self._obstacles[mode] is None:
+                self.task.native.warn(x)
         if self._obstacles[mode] is None:
             outputs: Tensor = _Shared.apply(self.task, theta, x)
             return outputs
@@ -44,6 +51,23 @@ class SharedForward:
             except RuntimeError as error:
                 return str(error).strip().splitlines()[0]
         return None
+
+
+class _Native(torch.autograd.Function):
+    """theta (P,), x -> outputs (T, N, D) by the extension."""
+
+    @staticmethod
+    def forward(ctx: Any, network: NativeNetwork, theta: Tensor, x: Tensor) -> Tensor:
+        ctx.network = network
+        ctx.save_for_backward(theta, x)
+        outputs: Tensor = network.engine.outputs(theta, network.constants(), x)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        theta, x = ctx.saved_tensors
+        return None, ctx.network.engine.pullback(theta, ctx.network.constants(), x, cotangent).sum(0), None
 
 
 class _Shared(torch.autograd.Function):

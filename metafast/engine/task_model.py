@@ -12,6 +12,7 @@ from torch.func import functional_call
 from metafast import _check
 from metafast.engine import batch_norm as norms
 from metafast.engine.layout import Layout
+from metafast.engine.networks import Networks
 from metafast.engine.traced import fingerprint
 from metafast.losses import Loss
 
@@ -39,6 +40,7 @@ class TaskModel:
         self.loss = loss
         self.batch_norm = norms.check_policy(batch_norm, model)
         self.warned_of_loop = False
+        self.native = Networks(self)
         self._output_shapes: dict[tuple[object, ...], torch.Size] = {}
 
     def theta(self) -> Tensor:

@@ -1,11 +1,7 @@
 """The `torch` engine: all tasks in one call, exact, any module that vmap can take.
 
-    phi_{k+1}, s_{k+1} = U(phi_k, g_k, s_k; psi),  g_k = grad L_support(phi_k)        forward
-    lam_phi, lam_g, lam_s, d_psi = U.vjp(lam);  lam = lam_phi + H_support(phi_k) lam_g    backward
-
 vmap is always the outermost transform, vmap(grad(task)) and vmap(vjp(grad(task))): the other order, grad(vmap(task)),
-gives wrong second derivatives through torch's batching rules of batch and layer norm. No graph is kept over the
-inner loop, only phi_k and g_k, (T, P) each.
+gives wrong second derivatives through torch's batching rules of batch and layer norm.
 """
 
 from __future__ import annotations
@@ -15,37 +11,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import grad, vjp, vmap
 
+from metafast.engine.adjoint import AdjointEngine
 from metafast.engine.task_model import Params, TaskModel
 from metafast.engine.traced import Traced
-from metafast.rules import State, UpdateRule
+from metafast.rules import UpdateRule
 
 
-class VmapEngine:
-    """Inner loop and forward over tasks with ``torch.func``; see :class:`metafast.engine.looped.LoopEngine`."""
+class VmapEngine(AdjointEngine):
+    """The four functions with ``torch.func``."""
 
     def __init__(self, task: TaskModel, rule: UpdateRule, first_order: bool) -> None:
-        self.task = task
-        self.rule = rule
-        self.first_order = first_order
+        super().__init__(task, rule, first_order)
         self._support_grad = Traced(_Batched(task, _gradient, (0, None, 0, 0), joined=True), task.fingerprint)
         self._hvp = Traced(_Batched(task, _hessian_vector, (0, None, 0, 0, 0), joined=True), task.fingerprint)
         self._outputs = Traced(_Batched(task, _outputs, (0, None, 0), joined=False), task.fingerprint)
         self._pullback = Traced(_Batched(task, _pullback, (0, None, 0, 0), joined=True), task.fingerprint)
-
-    def inner_loop(self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int) -> Tensor:
-        """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
-        phi: Tensor = _InnerLoop.apply(self, support_x, support_y, steps, theta, *self.rule.parameters())
-        return phi
-
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
-        """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""
-        outputs: Tensor = _Forward.apply(self, phi, x)
-        return outputs
 
     def support_grad(self, phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """(T, P) gradients of the support losses at phi (T, P)."""
@@ -101,110 +84,3 @@ class _Batched:
             result = vmap(partial(self.function, self.task), in_dims=self.in_dims)(*arguments)
         whole: Tensor = self.task.layout.join(result) if self.joined else result
         return whole
-
-
-class _InnerLoop(torch.autograd.Function):
-    """theta (P,), psi -> phi_K (T, P), with the adjoint recursion as its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, engine: VmapEngine, x: Tensor, y: Tensor, steps: int, theta: Tensor, *psi: Tensor) -> Tensor:
-        phi = theta.detach().repeat(x.shape[0], 1)
-        state = engine.rule.init(phi)
-        tape: list[tuple[Tensor, Tensor, State]] = []
-        for _ in range(steps):
-            grads = engine.support_grad(phi, x, y)
-            tape.append((phi, grads, state))
-            phi, state = engine.rule.step(phi, grads, state)
-        ctx.engine, ctx.tape = engine, tape
-        # Saved, not just kept: autograd then refuses a backward after any of them was changed in place.
-        ctx.save_for_backward(x, y, theta, *psi)
-        return phi
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
-        engine: VmapEngine = ctx.engine
-        x, y, _, *psi = ctx.saved_tensors
-        d_psi = [torch.zeros_like(p) for p in psi]
-        lam_state: Cotangents = ()
-        for phi, grads, state in reversed(ctx.tape):
-            lam_phi, lam_g, lam_state = _rule_vjp(engine.rule, (phi, grads, state), lam, lam_state, d_psi)
-            lam = lam_phi if engine.first_order else lam_phi + engine.hvp(phi, x, y, lam_g)
-        if ctx.tape:
-            lam = lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)
-        return None, None, None, None, lam.sum(0), *d_psi
-
-
-class _Forward(torch.autograd.Function):
-    """phi (T, P), x -> outputs (T, N, ...); backward by vmap(vjp), so that vmap stays outermost."""
-
-    @staticmethod
-    def forward(ctx: Any, engine: VmapEngine, phi: Tensor, x: Tensor) -> Tensor:
-        ctx.engine = engine
-        ctx.save_for_backward(phi, x)
-        return engine.outputs(phi, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        phi, x = ctx.saved_tensors
-        return None, ctx.engine.pullback(phi, x, cotangent), None
-
-
-Cotangents = tuple[Tensor | None, ...]
-
-
-def _rule_vjp(
-    rule: UpdateRule,
-    at: tuple[Tensor, Tensor, State],
-    lam: Tensor,
-    lam_state: Cotangents,
-    d_psi: list[Tensor],
-) -> tuple[Tensor, Tensor, Cotangents]:
-    """lam_phi, lam_g, lam_s of one step of the rule at (phi, g, s); adds the part of psi to ``d_psi``."""
-    with torch.enable_grad():
-        phi, grads, *state = (_leaf(t) for t in (at[0], at[1], *at[2]))
-        new_phi, new_state = rule.step(phi, grads, tuple(state))
-    inputs = (phi, grads, *state)
-    lam_phi, lam_g, *rest = _pull((new_phi, *new_state), (lam, *lam_state), inputs, rule, d_psi)
-    return (
-        torch.zeros_like(lam) if lam_phi is None else lam_phi,
-        torch.zeros_like(lam) if lam_g is None else lam_g,
-        tuple(rest),
-    )
-
-
-def _init_vjp(rule: UpdateRule, phi: Tensor, lam_state: Cotangents, d_psi: list[Tensor]) -> Tensor:
-    """Cotangent of phi_0 through the rule's first state; adds the part of psi to ``d_psi``."""
-    with torch.enable_grad():
-        phi = _leaf(phi)
-        state = rule.init(phi)
-    (lam,) = _pull(state, lam_state, (phi,), rule, d_psi)
-    return torch.zeros_like(phi) if lam is None else lam
-
-
-def _leaf(t: Tensor) -> Tensor:
-    """The tensor cut from any graph; differentiable where it is floating (a step counter is not)."""
-    t = t.detach()
-    return t.requires_grad_() if t.is_floating_point() else t
-
-
-def _pull(
-    outputs: tuple[Tensor, ...],
-    cotangents: Cotangents,
-    inputs: tuple[Tensor, ...],
-    rule: UpdateRule,
-    d_psi: list[Tensor],
-) -> Cotangents:
-    """Cotangents of ``inputs``, None where nothing flows; adds those of the rule's parameters to ``d_psi``."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
-    wanted = [t for t in (*inputs, *rule.parameters()) if t.requires_grad]
-    if not pairs:
-        return tuple(None for _ in inputs)
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True))
-    result = tuple(next(found) if t.requires_grad else None for t in inputs)
-    for parameter, total in zip(rule.parameters(), d_psi):
-        part = next(found) if parameter.requires_grad else None
-        if part is not None:
-            total += part
-    return result

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.networks import NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.learners.hand import TaskLearner
 from metafast.losses import LossSpec, resolve_loss
-from metafast.rules import UpdateRule
+from metafast.rules import SGD, UpdateRule
 
 
 class GradientLearner(nn.Module):
@@ -72,7 +73,9 @@ class GradientLearner(nn.Module):
         Raises:
             TypeError, ValueError: episodes or weights that do not fit the model, before any work.
         """
-        self._check(episodes, weights)
+        network = self._check(episodes, weights)
+        if network is not None and self._fused(weights):
+            return self._meta_step(network, episodes, weights, accumulate=False)
         phi = self._inner_loop(episodes.support_x, episodes.support_y, self.steps)
         logits = self._engine(episodes.support_x, episodes.support_y).forward(phi, episodes.query_x)
         losses = self._task.loss.per_task(logits, episodes.query_y)
@@ -83,6 +86,9 @@ class GradientLearner(nn.Module):
 
         The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there.
         """
+        network = self._check(episodes, weights)
+        if network is not None and self._fused(weights):
+            return self._meta_step(network, episodes, weights, accumulate=True)
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
         if out.loss.requires_grad:
@@ -127,15 +133,38 @@ class GradientLearner(nn.Module):
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
         return self._engine(x, y).inner_loop(self._theta(), x, y, steps)
 
-    def _check(self, episodes: Episodes, weights: Tensor | None) -> None:
+    def _fused(self, weights: Tensor | None) -> bool:
+        """Whether inner loop and adjoint are one native call: the rule is phi - lr g, and theta is what is learned."""
+        return type(self.rule) is SGD and self.learn_init and (weights is None or not weights.requires_grad)
+
+    def _meta_step(
+        self, network: NativeNetwork, episodes: Episodes, weights: Tensor | None, *, accumulate: bool
+    ) -> Outcome:
+        assert isinstance(self.rule, SGD)
+        return Outcome(*network.meta_step(episodes, self.steps, self.rule.lr, self.first_order, weights, accumulate))
+
+    def _check(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
+        """The native network for the episodes, if there is one; raises where they do not fit."""
         if not isinstance(episodes, Episodes):
             raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
         episodes.validate()
+        check_weights(weights, episodes, episodes.support_x.dtype)
+        signature = episodes.signature
+        network = self._task.native.known(signature)
+        if network is not None:
+            return network
+        self._check_fit(episodes)
+        network = self._task.native(episodes.support_x)
+        if network is not None:
+            self._task.native.remember(signature, network)
+        return network
+
+    def _check_fit(self, episodes: Episodes) -> None:
+        """Refuse episodes that the model does not take, for what it gives."""
         for part in ("support", "query"):
             x_name, y_name = f"{part}_x", f"{part}_y"
             shape = self._task.check_inputs(x_name, getattr(episodes, x_name))
             self._task.loss.check(x_name, y_name, getattr(episodes, y_name), shape)
-        check_weights(weights, episodes, episodes.support_x.dtype)
 
 
 class Adapted:

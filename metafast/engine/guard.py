@@ -1,0 +1,231 @@
+"""Whether a module still is what was lowered, asked at every call: identities, modes, hooks, plain attributes.
+
+What cannot be seen is what a hand-written ``forward`` reads from outside of its modules, a module-level variable for
+instance: change none between calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import functools
+import types
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    getattr(_torch_module, f"_global_{name}")
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
+_UNSEEN = frozenset(
+    {
+        *_HOOKS,  # these must be empty
+        "_buffers",
+        "_non_persistent_buffers_set",
+        "_is_full_backward_hook",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+        "_compiled_call_impl",  # Module.compile: the same mathematics
+        "_reversed_padding_repeated_twice",  # of a Conv2d with a padding mode that is not lowered
+    }
+)
+# What the batch-norm policy sets while a learner runs, for these layers whatever the user had.
+_POLICY = frozenset({"training", "track_running_stats"})
+
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(...), slice, range})
+_FIXED = (
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+_DEEPEST = 8
+
+
+class NotLowered(Exception):
+    """A module that the engine does not take.
+
+    Attributes:
+        reason: one sentence that names the layer and says why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Guard:
+    """Remembers a module as it is now; ``holds()`` says in a few microseconds whether it still is the same.
+
+    For every submodule: its class, the identity of its attributes, children and parameters, which of these require
+    gradients, its mode, that it has no hooks; lists, dictionaries and the like by a deep copy of their contents.
+    Names and shapes of trainable parameters are left to :meth:`metafast.engine.layout.Layout.parameters`.
+
+    Raises:
+        NotLowered: a module has hooks, a forward of its own instead of its class's, or state that could change unseen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(model.named_modules())
+        self._known = frozenset(id(module) for _, module in named)
+        self._modules = [module for _, module in named]
+        self._types: list[type[nn.Module]] = [type(module) for module in self._modules]
+        # Flat, so that one pass in C looks at all: tables[i][keys[i]] is values[i].
+        self._tables: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._values: list[object] = []
+        self._sized: list[dict[str, Any]] = []  # tables that must not grow either
+        self._ordered: list[dict[str, Any]] = []  # children, which a Sequential calls in their order
+        self._buffers: list[dict[str, Any]] = []  # only whether each is there: no lowered layer reads one
+        self._must_be_empty: list[dict[Any, Any]] = list(_GLOBAL_HOOKS)
+        self._snapshots: list[tuple[object, object]] = []
+        if any(_GLOBAL_HOOKS):
+            raise NotLowered("torch has hooks on every module now, which only torch runs")
+        for name, module in named:
+            self._record(f"layer {name!r} ({type(module).__name__})" if name else _the(model), module)
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = list(map(_forward, self._classes))
+        self._sizes = list(map(len, self._sized))
+        self._orders = list(map(list, self._ordered))
+        self._kinds = [list(map(type, table.values())) for table in self._buffers]
+        self._parameters = list(model.parameters())
+        self._requires_grad = list(map(_requires_grad, self._parameters))
+        self._frozen = [(p, p.shape) for p in self._parameters if not p.requires_grad]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that could change what the module computes."""
+        try:
+            same = all(map(is_, map(getitem, self._tables, self._keys), self._values))
+        except KeyError:
+            return False
+        return (
+            same
+            and not any(self._must_be_empty)
+            and list(map(len, self._sized)) == self._sizes
+            and list(map(type, self._modules)) == self._types
+            and list(map(_requires_grad, self._parameters)) == self._requires_grad
+            and list(map(_forward, self._classes)) == self._forwards
+            and list(map(list, self._ordered)) == self._orders
+            and all(list(map(type, table.values())) == kinds for table, kinds in zip(self._buffers, self._kinds))
+            and all(p.shape == shape for p, shape in self._frozen)
+            and all(_same(value, snapshot, self._known) for value, snapshot in self._snapshots)
+        )
+
+    def _record(self, label: str, module: nn.Module) -> None:
+        table = vars(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotLowered(f"{label} is compiled by torch.jit, which only torch runs")
+        if "forward" in table:
+            raise NotLowered(f"{label} has a forward of its own instead of its class's, which only torch runs")
+        for hooks in _HOOKS:
+            if table[hooks]:
+                raise NotLowered(f"{label} has hooks ({hooks.strip('_')}), which only torch runs")
+            self._must_be_empty.append(table[hooks])
+        unseen = _UNSEEN | _POLICY if isinstance(module, (_BatchNorm, _InstanceNorm)) else _UNSEEN
+        seen = [key for key in table if key not in unseen]
+        for key in seen:
+            value = table[key]
+            if key in ("_modules", "_parameters") or _immutable(value):
+                continue
+            try:
+                self._snapshots.append((value, _snapshot(value, self._known)))
+            except _Opaque:
+                raise NotLowered(
+                    f"{label} has an attribute {key!r} ({type(value).__name__}) that could change unseen"
+                ) from None
+        self._watch(table, seen)
+        for inner in (table["_modules"], table["_parameters"]):
+            self._watch(inner, list(inner))
+        if len(table["_modules"]) > 1:
+            self._ordered.append(table["_modules"])
+        if table["_buffers"]:
+            self._buffers.append(table["_buffers"])
+        else:
+            self._must_be_empty.append(table["_buffers"])
+
+    def _watch(self, table: dict[str, Any], keys: list[str]) -> None:
+        if table:
+            self._tables += [table] * len(keys)
+            self._keys += keys
+            self._values += [table[key] for key in keys]
+            self._sized.append(table)
+        else:
+            self._must_be_empty.append(table)
+
+
+_requires_grad = attrgetter("requires_grad")
+_forward = attrgetter("forward")
+
+
+def _the(model: nn.Module) -> str:
+    return f"the model ({type(model).__name__})"
+
+
+class _Opaque(Exception):
+    """A value that can change without our seeing it."""
+
+
+def _immutable(value: object) -> bool:
+    if type(value) in _ATOMS or isinstance(value, _FIXED):
+        return True
+    return isinstance(value, (tuple, frozenset)) and not hasattr(value, "__dict__") and all(map(_immutable, value))
+
+
+def _snapshot(value: object, known: frozenset[int], depth: int = 0) -> object:
+    """A copy of a plain value's contents, to compare by ==; functions and modules of the model (``known``) themselves.
+
+    Not their id: that of one that is gone may come again.
+    """
+
+    def below(*values: object) -> tuple[object, ...]:
+        return tuple(_snapshot(v, known, depth + 1) for v in values)
+
+    if type(value) in _ATOMS:
+        return type(value), value
+    if isinstance(value, _FIXED) or id(value) in known:
+        return value
+    if isinstance(value, types.MethodType) and id(value.__self__) in known:
+        return value.__self__, value.__func__
+    if depth == _DEEPEST:
+        raise _Opaque
+    inner: tuple[object, ...] = ()
+    if isinstance(value, (tuple, list)):
+        inner = below(*value)
+    elif isinstance(value, (set, frozenset)):
+        inner = (frozenset(below(*value)),)
+    elif isinstance(value, dict):
+        inner = below(*value.keys(), *value.values())
+    elif isinstance(value, functools.partial):
+        inner = below(value.func, value.args, value.keywords)
+    elif not (hasattr(value, "__dict__") and _is_record(value)):
+        raise _Opaque
+    return type(value), inner, below(getattr(value, "__dict__", None))
+
+
+def _is_record(value: object) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, (argparse.Namespace, types.SimpleNamespace))
+
+
+def _same(value: object, snapshot: object, known: frozenset[int]) -> bool:
+    try:
+        return _snapshot(value, known) == snapshot
+    except _Opaque:
+        return False

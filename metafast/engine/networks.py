@@ -1,0 +1,183 @@
+"""Lowered networks, as the extension's kernels run them.
+
+From the public function to the loop: metafast/learners -> here -> csrc/torch/engine.cpp -> csrc/cpu/unroll.h.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metafast import _check, _native
+from metafast.backend import current_backend
+from metafast.engine.guard import Guard, NotLowered
+from metafast.engine.lowering import Lowered
+from metafast.engine.lowering.lower import lower
+
+if TYPE_CHECKING:
+    from metafast.engine.task_model import TaskModel
+    from metafast.episodes import Episodes
+
+_DTYPES = (torch.float32, torch.float64)
+_MOST_KEPT = 4
+
+
+def compiled(lowered: Lowered, loss: str, dtype: torch.dtype) -> Any:
+    """The extension's engine for a lowered network; NotLowered where that refuses it."""
+    extension = _native.native()
+    assert extension is not None  # its users asked before
+    try:
+        return extension.Engine(*lowered.descriptor(loss), dtype)
+    except ValueError as error:
+        raise NotLowered(f"the engine refuses the network: {error}") from error
+
+
+class NativeNetwork:
+    """A task's model as the extension runs it, for samples of one shape and dtype.
+
+    Attributes:
+        lowered: what was lowered.
+        parameters: the trainable parameters, in layout order.
+        holds: whether the module still is what was lowered.
+    """
+
+    def __init__(self, task: TaskModel, sample_shape: torch.Size, dtype: torch.dtype) -> None:
+        if not task.loss.named:
+            raise NotLowered(f"the loss {task.loss.name} is not one of the losses that have kernels")
+        guard = Guard(task.model)
+        self.lowered = lower(task.model, tuple(sample_shape), task.batch_norm)
+        self.holds = guard.holds
+        self.engine = compiled(self.lowered, task.loss.name, dtype)
+        self.parameters = list(task.layout.parameters(task.model))
+        named = dict(task.model.named_parameters())
+        self._frozen = [named[name] for name in self.lowered.constants]
+
+    def constants(self) -> Tensor | None:
+        """(F,) the frozen parameters' numbers, None where there are none."""
+        if not self._frozen:
+            return None
+        return torch.cat([p.detach().reshape(-1) for p in self._frozen])
+
+    def meta_step(
+        self,
+        episodes: Episodes,
+        steps: int,
+        rate: float,
+        first_order: bool,
+        weights: Tensor | None,
+        accumulate: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """loss, losses (T,), logits (T, Nq, D) and accuracy (T,) of MAML's inner loop, phi - rate g.
+
+        The first three are differentiable in the parameters; with ``accumulate`` they are not, and the meta-gradient is
+        added to the parameters' ``.grad``.
+        """
+        call = self.engine.accumulate if accumulate else self.engine.meta_step
+        result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
+            self.parameters,
+            self.constants(),
+            episodes.support_x,
+            episodes.support_y,
+            episodes.query_x,
+            episodes.query_y,
+            steps,
+            rate,
+            None,
+            first_order,
+            weights,
+        )
+        return result
+
+
+class Networks:
+    """The native networks of one task model: lowered at first use, again when the module has changed."""
+
+    def __init__(self, task: TaskModel) -> None:
+        self._task = task
+        # The latest last; several where the module goes back and forth, between train and eval for instance.
+        self._found: dict[tuple[torch.Size, torch.dtype], list[NativeNetwork]] = {}
+        # Why not, and the modes in which that was so.
+        self._refused: dict[tuple[torch.Size, torch.dtype], tuple[str, tuple[bool, ...]]] = {}
+        self._warned = False
+        self._fitting: dict[Hashable, NativeNetwork] = {}
+
+    def known(self, signature: Hashable) -> NativeNetwork | None:
+        """The network for episodes of a signature that is known to fit it, in a few microseconds."""
+        network = self._fitting.get(signature)
+        if network is None or not network.holds() or current_backend() not in ("auto", "cpu"):
+            return None
+        return None if torch.is_autocast_enabled("cpu") else network
+
+    def remember(self, signature: Hashable, network: NativeNetwork) -> None:
+        """Episodes of a signature fit a network."""
+        self._fitting[signature] = network
+
+    def __call__(self, x: Tensor) -> NativeNetwork | None:
+        """The network for inputs x (T, N, ...); None where torch runs them.
+
+        Raises:
+            ValueError: a native backend is forced that cannot run them.
+        """
+        backend = current_backend()
+        if backend == "torch":
+            return None
+        found = self._why_not(x) or self._lower((x.shape[2:], x.dtype))
+        if isinstance(found, NativeNetwork):
+            return found
+        if backend != "auto":
+            raise ValueError(f"{self._task.argument}: backend {backend!r} is forced, but {found}")
+        return None
+
+    def reason(self, x: Tensor) -> str | None:
+        """Why the network for inputs x (T, N, ...) is not native; None where it is."""
+        found = self._why_not(x) or self._lower((x.shape[2:], x.dtype))
+        return found if isinstance(found, str) else None
+
+    def warn(self, x: Tensor) -> None:
+        """Say once, for each model, that torch runs what the extension could not take; quiet without an extension."""
+        if self._warned or current_backend() == "torch" or not _native.status().available or not x.is_cpu:
+            return
+        self._warned = True
+        warnings.warn(
+            f"metafast: {type(self._task.model).__name__} runs by torch, without native kernels: {self.reason(x)}",
+            UserWarning,
+            stacklevel=6,
+        )
+
+    def _why_not(self, x: Tensor) -> str | None:
+        status = _native.status()
+        if not status.available:
+            return f"there is no extension: {status.reason}"
+        if not x.is_cpu:
+            return f"there are no kernels for networks on {x.device}"
+        if x.dtype not in _DTYPES:
+            return f"the kernels take float32 and float64, got {_check.describe(x)}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on, which only torch does"
+        return None
+
+    def _lower(self, key: tuple[torch.Size, torch.dtype]) -> NativeNetwork | str:
+        """The network for samples of a shape and dtype, lowered if it is not yet; or why it cannot be."""
+        networks = self._found.setdefault(key, [])
+        for network in reversed(networks):
+            if network.holds():
+                return network
+        modes = self._task.mode()
+        refused = self._refused.get(key)
+        if refused is not None and refused[1] == modes:
+            return refused[0]
+        try:
+            networks.append(NativeNetwork(self._task, *key))
+        except NotLowered as refusal:
+            self._refused[key] = (refusal.reason, modes)
+            return refusal.reason
+        del networks[:-_MOST_KEPT]
+        return networks[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Networks know their module by identity: a copy, or another process, lowers its own.
+        return self.__dict__ | {"_found": {}, "_refused": {}, "_fitting": {}}

@@ -1,0 +1,101 @@
+"""What every kernel test shares: the backends it runs on, its dtypes, and the error that rounding allows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metafast as mf
+from metafast import _native
+
+
+def _missing(backend: str) -> str:
+    """Why this build has no kernels of a backend; empty if it has."""
+    status = _native.status()
+    if backend in status.backends:
+        return ""
+    return status.reason or (status.build.cuda_reason if status.build else "")
+
+
+def _kernels(backend: str) -> list[pytest.MarkDecorator]:
+    reason = f"no {backend} kernels: {_missing(backend)}"
+    return [pytest.mark.native, pytest.mark.skipif(bool(_missing(backend)), reason=reason)]
+
+
+# The twin, the CPU's kernels, and the GPU's where there is one.
+_NATIVE = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LEARNER_BACKENDS = ["torch", pytest.param("cpu", marks=_kernels("cpu"))]
+on_backends = pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(name, marks=_kernels(name)) for name in _NATIVE)]
+)
+on_kernels = pytest.mark.parametrize("backend", [pytest.param(name, marks=_kernels(name)) for name in _NATIVE])
+on_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def native(test: Any) -> Any:
+    """Mark a test that needs the CPU's kernels."""
+    for mark in _kernels("cpu"):
+        test = mark(test)
+    return test
+
+
+@contextmanager
+def learners_on(backend: str, *, lowered: bool = True) -> Iterator[None]:
+    """Learners run by torch, or by a backend's kernels: forced, but for a model that is known not to be ``lowered``."""
+    if backend == "torch" or lowered:
+        with mf.use_backend(backend):
+            yield
+        return
+    with mf.use_backend("auto"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*runs by torch, without native kernels")
+        yield
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that an operator allocates starts as NaN: what it forgets to write shows."""
+    # torch.use_deterministic_algorithms without its import of the compiler, which takes seconds.
+    torch._C._set_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(False)
+
+
+def wide(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.longdouble]]:
+    """Exactly the same values in a type with more digits than float64."""
+    return tensor.detach().cpu().numpy().astype(np.longdouble)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """Records the operators that reach a device, below autograd and vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
