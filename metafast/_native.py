@@ -50,7 +50,9 @@ class BuildInfo:
     @classmethod
     def parse(cls, text: str) -> BuildInfo:
         """From the JSON that setup.py wrote."""
-        fields: dict[str, Any] = json.loads(text)
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise TypeError(f"expected an object, got {type(fields).__name__}")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**values)
 
@@ -180,5 +182,6 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
 def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
     """A torch.func derivative or a forward-mode one is being taken along a tensor."""
     if torch._C._are_functorch_transforms_active():
-        return any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors)
+        # torch.compile cannot trace the question, and fuses the twin's operations.
+        return torch.compiler.is_compiling() or any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors)
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -58,12 +58,16 @@ def inner_update(
         rate, scale = _rate("lr", lr)
         _check_one("params", params, "grads", grads, "lr", rate)
         assert isinstance(grads, Tensor)  # checked above
-        tensors = (params, grads) if rate is None else (params, grads, rate)
-        if _native.runs("params", *tensors):
-            updated: Tensor = torch.ops.metafast.inner_update(params, grads, rate, scale)
-            return updated
-        return _twin(params, grads, rate, scale)
+        return _run(params, grads, rate, scale)
     return _inner_update_list(params, grads, lr)
+
+
+def _run(params: Tensor, grads: Tensor, lr: Tensor | None, scale: float) -> Tensor:
+    tensors = (params, grads) if lr is None else (params, grads, lr)
+    if _native.runs("params", *tensors):
+        updated: Tensor = torch.ops.metafast.inner_update(params, grads, lr, scale)
+        return updated
+    return _twin(params, grads, lr, scale)
 
 
 def _inner_update_list(params: Any, grads: Any, lr: Any) -> list[Tensor]:
@@ -77,11 +81,12 @@ def _inner_update_list(params: Any, grads: Any, lr: Any) -> list[Tensor]:
     if isinstance(lr, (list, tuple)):
         if len(lr) != len(params):
             raise ValueError(f"lr: expected one rate or {len(params)}, as many as params, got {len(lr)}")
-        rates = [_rate(f"lr[{i}]", one) for i, one in enumerate(lr)]
+        names = [f"lr[{i}]" for i in range(len(lr))]
+        rates = [_rate(name, one) for name, one in zip(names, lr)]
     else:
-        rates = [_rate("lr", lr)] * len(params)
-    for i, (p, g, (rate, _)) in enumerate(zip(params, grads, rates)):
-        _check_one(f"params[{i}]", p, f"grads[{i}]", g, f"lr[{i}]", rate)
+        names, rates = ["lr"] * len(params), [_rate("lr", lr)] * len(params)
+    for i, (p, g, name, (rate, _)) in enumerate(zip(params, grads, names, rates)):
+        _check_one(f"params[{i}]", p, f"grads[{i}]", g, name, rate)
         if (p.dtype, p.device) != (params[0].dtype, params[0].device):
             raise TypeError(f"params[{i}]: expected dtype and device of params[0], got {_check.describe(p)}")
     tensors = [rate for rate, _ in rates if rate is not None]
@@ -131,12 +136,12 @@ def _like(name: str, value: Tensor, params: Tensor, owner: str) -> None:
 
 def _twin(params: Tensor, grads: Tensor, lr: Tensor | None, scale: float) -> Tensor:
     """The operator in PyTorch's own operations."""
-    return params - scale * grads if lr is None else params - scale * lr * grads
+    return (params - (scale * grads if lr is None else scale * lr * grads)).contiguous()
 
 
 def _twin_list(params: list[Tensor], grads: list[Tensor], lr: list[Tensor], scale: list[float]) -> list[Tensor]:
     rates: list[Tensor | None] = [*lr] or [None] * len(params)
-    return [_twin(p, g, r, s).contiguous() for p, g, r, s in zip(params, grads, rates, scale)]
+    return [_twin(p, g, r, s) for p, g, r, s in zip(params, grads, rates, scale)]
 
 
 def _fake(params: Tensor, grads: Tensor, lr: Tensor | None, scale: float) -> Tensor:
@@ -180,29 +185,52 @@ def _keep_list(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], list[Tensor],
 def _backward_list(ctx: Any, d_updated: list[Tensor]) -> tuple[Any, ...]:
     grads, lr = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     rates = lr or (None,) * ctx.count
-    rest = [_d_grads_and_lr(d, g, r, s, True, r is not None) for d, g, r, s in zip(d_updated, grads, rates, ctx.scale)]
-    return list(d_updated), [d_grads for d_grads, _ in rest], [d_lr for _, d_lr in rest] if lr else [], None
+    wants_params, wants_grads, wants_lr, _ = ctx.needs_input_grad
+    d_params = [d if wanted else None for d, wanted in zip(d_updated, wants_params)]
+    rest = [
+        _d_grads_and_lr(*one)
+        for one in zip(d_updated, grads, rates, ctx.scale, wants_grads, wants_lr or (False,) * ctx.count)
+    ]
+    return d_params, [d_grads for d_grads, _ in rest], [d_lr for _, d_lr in rest] if lr else [], None
+
+
+Dims = tuple[int | None, ...]
 
 
 def _batched(
-    info: Any, in_dims: tuple[int | None, ...], params: Tensor, grads: Tensor, lr: Tensor | None, scale: float
+    info: Any, in_dims: Dims, params: Tensor, grads: Tensor, lr: Tensor | None, scale: float
 ) -> tuple[Tensor, int]:
-    """Under vmap: the batch goes to the front and the twin broadcasts."""
+    """Under vmap: the batch goes to the front, and the operator sees one more dimension."""
     rank = max(t.dim() - (dim is not None) for t, dim in zip((params, grads, lr), in_dims) if t is not None)
 
     def front(t: Tensor, dim: int | None) -> Tensor:
         t = t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
         return t.reshape(t.shape[0], *(1,) * (rank + 1 - t.dim()), *t.shape[1:])
 
-    rate = None if lr is None else front(lr, in_dims[2])
-    return _twin(front(params, in_dims[0]), front(grads, in_dims[1]), rate, scale), 0
+    params, grads = (front(t, dim).expand(info.batch_size, *(-1,) * rank) for t, dim in zip((params, grads), in_dims))
+    return _run(params, grads, None if lr is None else front(lr, in_dims[2]), scale), 0
+
+
+def _batched_list(
+    info: Any,
+    in_dims: tuple[Dims, Dims, Dims, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    lr: list[Tensor],
+    scale: list[float],
+) -> tuple[list[Tensor], list[int]]:
+    rates: list[Tensor | None] = [*lr] or [None] * len(params)
+    all_dims = zip(in_dims[0], in_dims[1], in_dims[2] or (None,) * len(params))
+    updated = [_batched(info, *one)[0] for one in zip(all_dims, params, grads, rates, scale)]
+    return updated, [0] * len(updated)
 
 
 # On devices without kernels the operator itself is the twin; a kernel of the extension takes precedence.
-_LIBRARY.impl("inner_update", lambda *a: _twin(*a).contiguous(), "CompositeExplicitAutograd")
+_LIBRARY.impl("inner_update", _twin, "CompositeExplicitAutograd")
 _LIBRARY.impl("inner_update.list", _twin_list, "CompositeExplicitAutograd")
 torch.library.register_fake("metafast::inner_update", _fake, lib=_LIBRARY)
 torch.library.register_fake("metafast::inner_update.list", _fake_list, lib=_LIBRARY)
 torch.library.register_autograd("metafast::inner_update", _backward, setup_context=_keep, lib=_LIBRARY)
 torch.library.register_autograd("metafast::inner_update.list", _backward_list, setup_context=_keep_list, lib=_LIBRARY)
 torch.library.register_vmap("metafast::inner_update", _batched, lib=_LIBRARY)
+torch.library.register_vmap("metafast::inner_update.list", _batched_list, lib=_LIBRARY)
