@@ -222,7 +222,8 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
 
     # As system folders, so that our warnings are not about others' headers.
     system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    libraries = ["c10", "torch_cpu", "torch", "torch_python"]
+    link = [*(f"-L{path}" for path in cpp_extension.library_paths()), *(f"-l{name}" for name in libraries)]
     instrument = []
     if decision.sanitizers:
         instrument = [f"-fsanitize={','.join(decision.sanitizers)}", "-fno-sanitize-recover=all", "-g"]

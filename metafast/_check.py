@@ -34,9 +34,13 @@ def number(name: str, value: Any, *, minimum: float | None = None) -> float:
     wanted = "a finite number" if minimum is None else f"a finite number of at least {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {wanted}, got an int that no float holds") from None
     if not math.isfinite(value) or (minimum is not None and value < minimum):
         raise ValueError(f"{name}: expected {wanted}, got {value}")
-    return float(value)
+    return value
 
 
 def flag(name: str, value: Any) -> bool:

@@ -18,7 +18,7 @@ enum class What : int32_t {
 // Where a thread's buffers lie, in elements from the start of its workspace.
 struct WorkspaceLayout {
   Pass support, query;
-  int64_t w, direction, product;  // (params,) each
+  int64_t w, direction, product;  // (params,) each; w holds a task's own parameters, in a meta-step lam
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
   int64_t size;
 };

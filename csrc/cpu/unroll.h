@@ -307,10 +307,10 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   if (!wants_gradient) return;
   if (job.cotangent != nullptr) query.set_adjoint(job.cotangent + task * samples * out.c);
 
-  Real* const lam = job.gradient + task * program.params;
+  // lam stays in the workspace, where the lanes that nobody writes are zero.
+  Real *const lam = workspace + layout.w, *const gradient = job.gradient + task * program.params;
   query.backward(lam);
-  if (job.first_order) return;
-  for (int64_t k = job.steps - 1; k >= 0; --k) {
+  for (int64_t k = job.first_order ? -1 : job.steps - 1; k >= 0; --k) {
     if (k != job.steps - 1) {
       support.w = phi(k);
       support.forward();
@@ -322,9 +322,12 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
       store(direction + i, (rates == nullptr ? splat(-job.rate) : -load(rates + i)) * load(lam + i));
     }
     support.hessian_vector(direction, product);
+    Real* const sum = k == 0 ? gradient : lam;
     for (int64_t i = 0; i < program.params; i += kLanes<Real>)
-      store(lam + i, load(lam + i) + load(product + i));
+      store(sum + i, load(lam + i) + load(product + i));
   }
+  if (!job.first_order && job.steps > 0) return;
+  for (int64_t i = 0; i < program.params; i += kLanes<Real>) store(gradient + i, load(lam + i));
 }
 
 // All but meta_step: one network at the task's own parameters.

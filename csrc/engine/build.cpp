@@ -44,6 +44,7 @@ Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers,
   decide_strides();
   add_parameters();
   decide_saved();
+  decide_reads();
   program_.values = values_.data();
   program_.value_count = int32_t(values_.size());
   program_.layers = layers_.data();
@@ -257,6 +258,21 @@ void Plan::decide_saved() {
     } else if (l.kind == Kind::max_pool) {
       l.saved_per_sample = out.h * out.w * out.pixel / (l.kernel_h * l.kernel_w <= 256 ? 4 : 1);
     }
+  }
+}
+
+void Plan::decide_reads() {
+  reads_.resize(layers_.size());
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& l = layers_[i];
+    if (!is_conv(l.kind)) continue;
+    const Value& in = values_[l.in];
+    for (int64_t u = 0; u < l.kernel_h; ++u) {
+      for (int64_t v = 0; v < l.kernel_w; ++v) {
+        for (int64_t c = 0; c < in.c; ++c) reads_[i].push_back(u * in.row + v * in.pixel + c);
+      }
+    }
+    l.reads = reads_[i].data();
   }
 }
 

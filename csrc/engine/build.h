@@ -47,6 +47,7 @@ class Plan {
   void decide_strides();
   void decide_destinations();
   void decide_saved();
+  void decide_reads();
   Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t& size) const;
 
   int64_t element_, lanes_, user_params_;
@@ -54,7 +55,8 @@ class Plan {
   std::vector<Layer> layers_;
   std::vector<int64_t> weight_, bias_;  // of each layer, in the user's vector, -1 where none
   std::vector<int64_t> source_;
-  std::vector<int32_t> shared_;  // values that several gradients arrive at
+  std::vector<std::vector<int64_t>> reads_;  // of each layer
+  std::vector<int32_t> shared_;              // values that several gradients arrive at
   int64_t scratch_per_call_ = 0;
   Program program_{};
   std::mutex mutex_;

@@ -4,11 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -308,7 +309,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
 Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
   const Program& program = plan_.program();
   const Tensor sums = at::empty({program.params}, gradient.options());
-  const Tensor flat = at::zeros({program.adapting}, gradient.options());
+  const Tensor flat = at::empty({program.adapting}, gradient.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     constexpr int64_t kChunk = 16384;
@@ -322,6 +323,7 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
     Real* const user = flat.mutable_data_ptr<Real>();
+    std::fill_n(user, program.adapting, Real(0));  // parameters that no layer uses
     for (int64_t i = 0; i < program.params; ++i) {
       const int64_t p = program.source[i];
       if (p >= 0 && p < program.adapting) user[p] = to[i];
@@ -349,7 +351,12 @@ namespace {
 Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
                        const at::TensorOptions& options) {
   if (weights) return weights->detach().contiguous();
-  return at::empty({tasks}, options).fill_(1.0 / double(tasks));
+  const Tensor mean = at::empty({tasks}, options);
+  with_real(mean.scalar_type(), [&](auto real) {
+    std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
+    return 0;
+  });
+  return mean;
 }
 
 }  // namespace
@@ -467,6 +474,33 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
   return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
 }
 
+namespace {
+
+// p.grad += part (p.numel(),). Plain memory by hand: for a small net torch's own calls would cost as much as
+// the rest.
+template <class Real>
+void add_to_grad(const Tensor& p, const Real* part) {
+  const int64_t count = p.numel();
+  Tensor& grad = p.mutable_grad();
+  if (!grad.defined()) {
+    grad = at::empty(p.sizes(), p.options().requires_grad(false));
+    std::memcpy(grad.mutable_data_ptr<Real>(), part, size_t(count) * sizeof(Real));
+    return;
+  }
+  const bool plain = grad.is_contiguous() && grad.scalar_type() == p.scalar_type() &&
+                     grad.device().is_cpu() && !grad.requires_grad() && grad.sizes() == p.sizes() &&
+                     !grad.is_inference();
+  if (!plain) {
+    grad.add_(at::from_blob(const_cast<Real*>(part), p.sizes(), p.options().requires_grad(false)));
+    return;
+  }
+  Real* const to = grad.mutable_data_ptr<Real>();
+  for (int64_t i = 0; i < count; ++i) to[i] += part[i];
+  grad.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
 MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& constants,
                                const Side& support, const Side& query, const Inner& inner,
                                const std::optional<Tensor>& weights) {
@@ -478,17 +512,15 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
   Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true);
   set_loss(run.outcome, w);
   const Tensor flat = reduce(run.gradient, w);
-  int64_t at = 0;
-  for (const Tensor& p : params) {
-    const Tensor part = flat.narrow(0, at, p.numel()).view(p.sizes());
-    at += p.numel();
-    Tensor& grad = p.mutable_grad();
-    if (grad.defined()) {
-      grad.add_(part);
-    } else {
-      grad = part.clone();
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    const Real* part = flat.const_data_ptr<Real>();
+    for (const Tensor& p : params) {
+      add_to_grad(p, part);
+      part += p.numel();
     }
-  }
+    return 0;
+  });
   return run.outcome;
 }
 

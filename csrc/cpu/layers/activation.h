@@ -1,8 +1,8 @@
 // Elementwise layers y = a(x), no parameters. With a' and a'' at x:
 //   fwd   y = a(x)              bwd   dx = a' dy
 //   tfwd  ty = a' tx            tbwd  tdx = a' tdy + a'' tx dy
-// All overwrite; nothing is kept (saved, tsaved, scratch: 0): each function looks at x again. At kinks a' is torch's,
-// and where a' is 0 or 1 by choice (ReLU) an infinite dy is dropped or passed on as torch does.
+// All overwrite; nothing is kept (saved, tsaved, scratch: 0): each function looks at x again. At kinks a' is
+// torch's, and where a' is 0 or 1 by choice (ReLU) an infinite dy is dropped or passed on as torch does.
 // Tested by tests/engine/test_layers.py.
 #pragma once
 
@@ -95,9 +95,12 @@ template <class Real>
 struct GeluTanh {
   using V = Vec<Real>;
   static constexpr bool kPiecewiseLinear = false;
-  static constexpr Real kLinear = Real(2 * 0.79788456080286536), kCubic = Real(2 * 0.79788456080286536 * 0.044715);
+  static constexpr Real kLinear = Real(2 * 0.79788456080286536),
+                        kCubic = Real(2 * 0.79788456080286536 * 0.044715);
   explicit GeluTanh(const Layer&) {}
-  static V limited(V x) { return with_sign<Real>(at_most<Real>(absolute<Real>(x), Numbers<Real>::kGeluTanhMost), x); }
+  static V limited(V x) {
+    return with_sign<Real>(at_most<Real>(absolute<Real>(x), Numbers<Real>::kGeluTanhMost), x);
+  }
   V value(V x) const {
     const V z = limited(x);
     return x * logistic<Real>(z * (kLinear + kCubic * z * z)).value;
@@ -129,12 +132,13 @@ template <class Real>
 struct Softplus {
   using V = Vec<Real>;
   static constexpr bool kPiecewiseLinear = false;
-  Real beta, threshold;
-  explicit Softplus(const Layer& l) : beta(Real(l.number)), threshold(Real(l.number1)) {}
+  Real beta, inverse, threshold;
+  explicit Softplus(const Layer& l)
+      : beta(Real(l.number)), inverse(Real(1 / l.number)), threshold(Real(l.number1)) {}
   V value(V x) const {
     const V z = beta * x;
     const V curved = (z > V{} ? z : V{}) + log1p_unit<Real>(exponential<Real>(-absolute<Real>(z)).exp);
-    return z > threshold ? x : curved / beta;
+    return z > threshold ? x : inverse * curved;
   }
   Derivatives<Real> derivatives(V x) const {
     const V z = beta * x;
@@ -155,9 +159,10 @@ inline Vec<Real> times_slope(const A& a, Vec<Real> x, Vec<Real> d) {
 
 template <class Real, template <class> class A>
 void activation_fwd(const Call<Real>& c) {
-  for_each_vector<Real>(*c.in, *c.out, c.samples, [a = A<Real>(*c.layer), x = c.x, y = c.y](int64_t i, int64_t o) {
-    store(y + o, a.value(load(x + i)));
-  });
+  for_each_vector<Real>(*c.in, *c.out, c.samples,
+                        [a = A<Real>(*c.layer), x = c.x, y = c.y](int64_t i, int64_t o) {
+                          store(y + o, a.value(load(x + i)));
+                        });
 }
 
 template <class Real, template <class> class A>
@@ -190,8 +195,8 @@ void activation_tbwd(const Call<Real>& c) {
                           });
   } else if constexpr (!A<Real>::kPiecewiseLinear) {
     for_each_vector<Real>(*c.in, *c.out, c.samples,
-                          [a = A<Real>(*c.layer), x = c.x, tx = c.tx, dy = c.dy, tdy = c.tdy, tdx = c.tdx](int64_t i,
-                                                                                                          int64_t o) {
+                          [a = A<Real>(*c.layer), x = c.x, tx = c.tx, dy = c.dy, tdy = c.tdy, tdx = c.tdx](
+                              int64_t i, int64_t o) {
                             const Derivatives<Real> d = a.derivatives(load(x + i));
                             store(tdx + i, d.first * load(tdy + o) + d.second * load(tx + i) * load(dy + o));
                           });
@@ -199,8 +204,8 @@ void activation_tbwd(const Call<Real>& c) {
 }
 
 template <class Real, template <class> class A>
-constexpr LayerFunctions<Real> kActivation{activation_fwd<Real, A>, activation_bwd<Real, A>, activation_tfwd<Real, A>,
-                                           activation_tbwd<Real, A>};
+constexpr LayerFunctions<Real> kActivation{activation_fwd<Real, A>, activation_bwd<Real, A>,
+                                           activation_tfwd<Real, A>, activation_tbwd<Real, A>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

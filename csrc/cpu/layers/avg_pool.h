@@ -1,9 +1,10 @@
-// Mean over windows, no parameters; floor mode. With `bias` (count_include_pad) a window counts kernel_h kernel_w
-// elements of which padding is zero, else its real pixels. AdaptiveAvgPool2d(1) is a window of H x W. Linear, hence
+// Mean over windows, no parameters; floor mode. With `bias` (count_include_pad) a window counts kernel_h x
+// kernel_w elements of which padding is zero, else its real pixels. AdaptiveAvgPool2d(1) is a window of
+// H x W. Linear, hence
 //   fwd   y = pool(x)       bwd   dx = pool^T(dy)
 //   tfwd  ty = pool(tx)     tbwd  tdx = pool^T(tdy)
-// All overwrite; nothing is kept (saved, tsaved, scratch: 0). dx is gathered pixel by pixel, so that windows may overlap
-// or leave gaps. Tested by tests/engine/test_layers.py.
+// All overwrite; nothing is kept (saved, tsaved, scratch: 0). dx is gathered pixel by pixel, so that windows
+// may overlap or leave gaps. Tested by tests/engine/test_layers.py.
 #pragma once
 
 #include "window.h"
@@ -43,18 +44,18 @@ void avg_pool_gather(const Call<Real>& c, const Real* dy, Real* dx) {
   using V = Vec<Real>;
   constexpr int kL = kLanes<Real>;
   const Layer& l = *c.layer;
-  const Value& out = *c.out;
-  const Axis rows = rows_of(l, *c.in, out), columns = columns_of(l, *c.in, out);
+  const Axis rows = rows_of(l, *c.in, *c.out), columns = columns_of(l, *c.in, *c.out);
   const bool equal = equal_counts(l);
   const Real share = Real(1) / Real(l.kernel_h * l.kernel_w);
-  for_each_held_pixel(l, *c.in, out, c.samples, [&, dy, dx, equal, share](const Holders& h) {
-    for_each_block<Real>(out.pixel, [&, dy, dx, equal, share]<int kCount>(int64_t lane) {
+  const int64_t row = c.out->row, pixel = c.out->pixel;
+  for_each_held_pixel(l, *c.in, *c.out, c.samples, [=](const Holders& h) {
+    for_each_block<Real>(pixel, [=]<int kCount>(int64_t lane) {
       V sum[kCount] = {};
       for (int64_t i = h.rows.begin; i < h.rows.end; ++i) {
         for (int64_t j = h.columns.begin; j < h.columns.end; ++j) {
           const Real scale = equal ? share : Real(1) / Real(rows.taps(i).size() * columns.taps(j).size());
-          const int64_t to = out.origin + h.sample * out.sample + i * out.row + j * out.pixel + lane;
-          for (int k = 0; k < kCount; ++k) sum[k] += scale * load(dy + to + k * kL);
+          const Real* from = dy + h.to + (i - h.rows.begin) * row + (j - h.columns.begin) * pixel + lane;
+          for (int k = 0; k < kCount; ++k) sum[k] += scale * load(from + k * kL);
         }
       }
       for (int k = 0; k < kCount; ++k) store(dx + h.from + lane + k * kL, sum[k]);

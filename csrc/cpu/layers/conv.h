@@ -87,33 +87,13 @@ void conv_input_gradient(const Call<Real>& c, const Real* dy, const Real* wt, co
   }
 }
 
-// dw (and db) = x^T * dy, added to where `add`.
+// dw = x^T * dy, added to where `add`.
 template <class Real>
 void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, Real* dw, bool add) {
   const Layer& l = *c.layer;
   const Value &in = *c.in, &out = *c.out;
-  const Walk walk = conv_walk(l, in, out, c.samples);
-  // As many rows at a time as the table of offsets has room for; a tile never needs more.
-  constexpr int64_t kRows = 1024;
-  int64_t offset[kRows];
-  const int64_t rows = l.kernel_h * l.kernel_w * in.c;
-  for (int64_t lane = lanes_of<Real>(out.c); lane < out.pixel; lane += kLanes<Real>) {
-    for (int64_t row = 0; row < rows; ++row) store(dw + row * out.pixel + lane, Vec<Real>{});
-  }
-  int64_t filled = 0, first = 0, at = 0;
-  for (int64_t u = 0; u < l.kernel_h; ++u) {
-    for (int64_t v = 0; v < l.kernel_w; ++v) {
-      for (int64_t channel = 0; channel < in.c; ++channel) {
-        offset[filled++] = u * in.row + v * in.pixel + channel;
-        ++at;
-        if (filled == kRows || at == rows) {
-          outer(walk, x, offset, filled, dy, lanes_of<Real>(out.c), dw + first * out.pixel, out.pixel, add);
-          first = at;
-          filled = 0;
-        }
-      }
-    }
-  }
+  outer(conv_walk(l, in, out, c.samples), x, l.reads, l.kernel_h * l.kernel_w * in.c, dy,
+        lanes_of<Real>(out.c), dw, out.pixel, add);
 }
 
 template <class Real>
@@ -124,7 +104,7 @@ void conv_fwd(const Call<Real>& c) {
   const Real* b[kMostTaps];
   const int64_t taps = l.kernel_h * l.kernel_w, block = in.c * out.pixel;
   for (int64_t t = 0; t < taps; ++t) {
-    offset[t] = t / l.kernel_w * in.row + t % l.kernel_w * in.pixel;
+    offset[t] = l.reads[t * in.c];
     b[t] = c.w + t * block;
   }
   multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
@@ -155,7 +135,7 @@ void conv_tfwd(const Call<Real>& c) {
   for (int64_t t = 0; t < taps; ++t) {
     const bool second = t >= kernel;  // tx * w, as further taps that lie where tx does
     const int64_t tap = second ? t - kernel : t;
-    offset[t] = tap / l.kernel_w * in.row + tap % l.kernel_w * in.pixel + (second ? c.tx - c.x : 0);
+    offset[t] = l.reads[tap * in.c] + (second ? c.tx - c.x : 0);
     b[t] = (second ? c.w : c.tw) + tap * block;
   }
   multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},

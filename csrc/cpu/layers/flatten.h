@@ -1,8 +1,8 @@
 // An image (C, H, W) as features in torch's order: y[c H W + i W + j] = x[i, j, c]. No parameters; linear:
 //   fwd   y = flat(x)       bwd   dx = flat^T(dy)
 //   tfwd  ty = flat(tx)     tbwd  tdx = flat^T(tdy)
-// All overwrite; nothing is kept (saved, tsaved, scratch: 0). Lanes beyond the features of y and ty, and lanes beyond C
-// of dx and tdx, become zero. Tested by tests/engine/test_layers.py.
+// All overwrite; nothing is kept (saved, tsaved, scratch: 0). Lanes beyond the features of y and ty, and
+// lanes beyond C of dx and tdx, become zero. Tested by tests/engine/test_layers.py.
 #pragma once
 
 #include "pixels.h"
@@ -61,7 +61,8 @@ void flatten_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kFlatten{flatten_fwd<Real>, flatten_bwd<Real>, flatten_tfwd<Real>, flatten_tbwd<Real>};
+constexpr LayerFunctions<Real> kFlatten{flatten_fwd<Real>, flatten_bwd<Real>, flatten_tfwd<Real>,
+                                        flatten_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -1,17 +1,19 @@
-// Group normalisation: each sample's channels in `groups` groups of neighbours, each over its M = C / groups H W
-// elements. A group's numbers are kept in each of its channels' lanes, so that vectors need not know the groups:
+// Group normalisation: each sample's channels in `groups` groups of neighbours, each over its M = C / groups
+// H W elements. A group's numbers are kept in each of its channels' lanes, so that vectors need not know the
+// groups:
 //
 //   y = gamma xhat + beta,   xhat = r (x - mean),   r = 1 / sqrt(var + eps),   var biased
 //   bwd    per sample and channel b = sum dy, g = sum dy xhat over pixels;  db = sum_n b,  dg = sum_n g
 //          p = sum_group(gamma b) / M,  q = sum_group(gamma g) / M,  u = gamma dy - p - xhat q,  dx = r u
-//   tfwd   m = mean tx,  c = mean(xhat tx),  txhat = r (tx - m - xhat c),  ty = tgamma xhat + gamma txhat + tbeta
+//   tfwd   m = mean tx,  c = mean(xhat tx),  txhat = r (tx - m - xhat c)
+//          ty = tgamma xhat + gamma txhat + tbeta
 //   tbwd   tb = sum tdy,  tg = sum(tdy xhat + dy txhat);  tdb = sum_n tb,  tdg = sum_n tg
 //          tp = sum_group(tgamma b + gamma tb) / M,  tq = sum_group(tgamma g + gamma tg) / M
 //          tu = tgamma dy + gamma tdy - tp - txhat q - xhat tq,  tdx = r tu - r^2 c u
 // (r' = -r^2 c.) Parameters, where affine: gamma [pixel], beta [pixel]; else gamma 1, beta 0.
-// saved, 4 pixel a sample: mean, r, p, q, [pixel] each; tsaved, 4 pixel a sample: m, c, tp, tq; all are zero in lanes
-// beyond C, and so are then y and ty. scratch: 4 pixel. All four overwrite.
-// Variance in two passes with partial sums a row. Tested by tests/engine/test_layers.py.
+// saved, 4 pixel a sample: mean, r, p, q, [pixel] each; tsaved, 4 pixel a sample: m, c, tp, tq; all are zero
+// in lanes beyond C, and so are then y and ty. scratch: 4 pixel. All four overwrite. Variance in two passes
+// with partial sums a row. Tested by tests/engine/test_layers.py.
 #pragma once
 
 #include "pixels.h"
@@ -19,15 +21,16 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// sums[s * pixel + channel], s < S: over the pixels of sample n; f(offset in `in`, offset in `out`, lane, sums) adds
-// one vector's.
+// sums[s * pixel + channel], s < S: over the pixels of sample n; f(offset in `in`, offset in `out`, lane,
+// sums) adds one vector's.
 template <class Real, int S, class F>
 inline void pixel_sums(const Call<Real>& c, int64_t n, Real* sums, const F& f) {
   const Value &in = *c.in, &out = *c.out;
   for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
     Vec<Real> total[S] = {};
     for (int64_t i = 0; i < in.h; ++i) {
-      int64_t from = in.origin + n * in.sample + i * in.row + lane, to = out.origin + n * out.sample + i * out.row + lane;
+      int64_t from = in.origin + n * in.sample + i * in.row + lane,
+              to = out.origin + n * out.sample + i * out.row + lane;
       Vec<Real> row[S] = {};
       for (int64_t j = 0; j < in.w; ++j, from += in.pixel, to += out.pixel) f(from, to, lane, row);
       for (int s = 0; s < S; ++s) total[s] += row[s];
@@ -187,7 +190,8 @@ void group_norm_tbwd(const Call<Real>& c) {
   using V = Vec<Real>;
   const Real *const x = c.x, *const tx = c.tx, *const dy = c.dy, *const tdy = c.tdy;
   Real* const tdx = c.tdx;
-  Real *const b = c.scratch, *const g = b + c.in->pixel, *const tb = g + c.in->pixel, *const tg = tb + c.in->pixel;
+  Real *const b = c.scratch, *const g = b + c.in->pixel, *const tb = g + c.in->pixel,
+              *const tg = tb + c.in->pixel;
   const bool moves = tx != nullptr;
   for (int64_t n = 0; n < c.samples; ++n) {
     const GroupNorm<Real> norm(c, n);
@@ -201,12 +205,15 @@ void group_norm_tbwd(const Call<Real>& c) {
     });
     if (norm.affine()) norm.add(c.tdw, n, tg, tb);
     if (tdx == nullptr) continue;
-    norm.by_group(norm.tp, [=](int64_t k) { return norm.scalar_tgamma(k) * b[k] + norm.scalar_gamma(k) * tb[k]; });
-    norm.by_group(norm.tq, [=](int64_t k) { return norm.scalar_tgamma(k) * g[k] + norm.scalar_gamma(k) * tg[k]; });
+    norm.by_group(norm.tp,
+                  [=](int64_t k) { return norm.scalar_tgamma(k) * b[k] + norm.scalar_gamma(k) * tb[k]; });
+    norm.by_group(norm.tq,
+                  [=](int64_t k) { return norm.scalar_tgamma(k) * g[k] + norm.scalar_gamma(k) * tg[k]; });
     for_each_lane(c, n, [=](int64_t i, int64_t o, int64_t lane) {
       const V d = load(dy + o), gamma = norm.gamma(lane), r = load(norm.r + lane), q = load(norm.q + lane);
       const V xhat = norm.xhat(load(x + i), lane);
-      V tu = norm.tgamma(lane) * d + gamma * load(tdy + o) - load(norm.tp + lane) - xhat * load(norm.tq + lane);
+      V tu =
+          norm.tgamma(lane) * d + gamma * load(tdy + o) - load(norm.tp + lane) - xhat * load(norm.tq + lane);
       if (moves) {
         tu -= norm.txhat(xhat, load(tx + i), lane) * q;
         tu -= r * load(norm.c + lane) * (gamma * d - load(norm.p + lane) - xhat * q);

@@ -5,7 +5,8 @@
 //          u = v - p - xhat q,  dx = r u
 //   tfwd   c = mean(xhat tx),  txhat = r (tx - mean tx - xhat c),  ty = tgamma xhat + gamma txhat + tbeta
 //   tbwd   tdb = sum_n tdy,  tdg = sum_n (tdy xhat + dy txhat),  tv = tgamma dy + gamma tdy
-//          tp = mean tv,  tq = mean(tv xhat + v txhat),  tu = tv - tp - txhat q - xhat tq,  tdx = r tu - r^2 c u
+//          tp = mean tv,  tq = mean(tv xhat + v txhat),  tu = tv - tp - txhat q - xhat tq
+//          tdx = r tu - r^2 c u
 // (r' = -r^2 c.) Parameters, where affine: gamma [H][W][pixel], then beta as gamma; else gamma 1, beta 0.
 // saved, 4 numbers a sample: mean, r, p, q; tsaved, 4 a sample: mean tx, c, and 2 unused; scratch: none.
 // All four overwrite; lanes beyond C of y and ty become zero. Variance in two passes with partial sums a row.
@@ -17,8 +18,8 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// One sample's means of S quantities: f(offset in `in`, offset in `out`, offset in gamma, sums) adds a vector's to
-// sums[S]. Lanes beyond C do not count.
+// One sample's means of S quantities: f(offset in `in`, offset in `out`, offset in gamma, sums) adds a
+// vector's to sums[S]. Lanes beyond C do not count.
 template <class Real, int S, class F>
 inline void sample_means(const Call<Real>& c, int64_t n, Real (&means)[S], const F& f) {
   using V = Vec<Real>;
@@ -42,7 +43,8 @@ inline void sample_means(const Call<Real>& c, int64_t n, Real (&means)[S], const
   for (int s = 0; s < S; ++s) means[s] = sum_of_lanes<Real>(total[s]) / Real(in.c * in.h * in.w);
 }
 
-// f(offset in `in`, offset in `out`, offset in gamma, a vector's lanes that are channels) for all vectors of a sample.
+// f(offset in `in`, offset in `out`, offset in gamma, a vector's lanes that are channels) for all vectors of
+// a sample.
 template <class Real, class F>
 inline void for_each_of_sample(const Call<Real>& c, int64_t n, const F& f) {
   const int64_t whole = c.in->c / kLanes<Real> * kLanes<Real>, pixel = c.in->pixel;
@@ -65,7 +67,9 @@ struct LayerNorm {
   int64_t size;  // of gamma
 
   explicit LayerNorm(const Call<Real>& c)
-      : w(c.layer->bias ? c.w : nullptr), tw(c.layer->bias ? c.tw : nullptr), size(c.in->h * c.in->w * c.in->pixel) {}
+      : w(c.layer->bias ? c.w : nullptr),
+        tw(c.layer->bias ? c.tw : nullptr),
+        size(c.in->h * c.in->w * c.in->pixel) {}
 
   bool affine() const { return w != nullptr; }
   V gamma(int64_t at) const { return affine() ? load(w + at) : splat(Real(1)); }
@@ -131,21 +135,16 @@ void layer_norm_bwd(const Call<Real>& c) {
   if (dw != nullptr) norm.clear(dw);
   for (int64_t n = 0; n < c.samples; ++n) {
     LayerNormSample<Real> s(c.saved, nullptr, n);
-    if (dw != nullptr) {
-      for_each_of_sample(c, n, [=](int64_t i, int64_t o, int64_t at, auto) {
-        const V d = load(dy + o);
-        norm.add(dw, at, d * s.xhat(load(x + i)), d);
-      });
-    }
-    if (dx == nullptr) continue;
     Real mean[2];
     sample_means<Real>(c, n, mean, [=](int64_t i, int64_t o, int64_t at, V* sum) {
-      const V v = norm.gamma(at) * load(dy + o);
+      const V d = load(dy + o), xhat = s.xhat(load(x + i)), v = norm.gamma(at) * d;
       sum[0] += v;
-      sum[1] += v * s.xhat(load(x + i));
+      sum[1] += v * xhat;
+      if (dw != nullptr) norm.add(dw, at, d * xhat, d);
     });
     c.saved[4 * n + 2] = s.p = mean[0];
     c.saved[4 * n + 3] = s.q = mean[1];
+    if (dx == nullptr) continue;
     for_each_of_sample(c, n, [=](int64_t i, int64_t o, int64_t at, auto inside) {
       const V u = norm.gamma(at) * load(dy + o) - s.p - s.xhat(load(x + i)) * s.q;
       store(dx + i, select(inside, s.r * u, V{}));
@@ -193,20 +192,15 @@ void layer_norm_tbwd(const Call<Real>& c) {
   for (int64_t n = 0; n < c.samples; ++n) {
     const LayerNormSample<Real> s(c.saved, moves ? c.tsaved : nullptr, n);
     const auto txhat_at = [=](int64_t i, V xhat) { return moves ? s.txhat(xhat, load(tx + i)) : V{}; };
-    if (tdw != nullptr) {
-      for_each_of_sample(c, n, [=](int64_t i, int64_t o, int64_t at, auto) {
-        const V td = load(tdy + o), xhat = s.xhat(load(x + i));
-        norm.add(tdw, at, td * xhat + load(dy + o) * txhat_at(i, xhat), td);
-      });
-    }
-    if (tdx == nullptr) continue;
     Real mean[2];
     sample_means<Real>(c, n, mean, [=](int64_t i, int64_t o, int64_t at, V* sum) {
-      const V d = load(dy + o), gamma = norm.gamma(at), xhat = s.xhat(load(x + i));
-      const V tv = norm.tgamma(at) * d + gamma * load(tdy + o);
+      const V d = load(dy + o), td = load(tdy + o), gamma = norm.gamma(at);
+      const V xhat = s.xhat(load(x + i)), txhat = txhat_at(i, xhat), tv = norm.tgamma(at) * d + gamma * td;
       sum[0] += tv;
-      sum[1] += tv * xhat + gamma * d * txhat_at(i, xhat);
+      sum[1] += tv * xhat + gamma * d * txhat;
+      if (tdw != nullptr) norm.add(tdw, at, td * xhat + d * txhat, td);
     });
+    if (tdx == nullptr) continue;
     const Real tp = mean[0], tq = mean[1];
     for_each_of_sample(c, n, [=](int64_t i, int64_t o, int64_t at, auto inside) {
       const V d = load(dy + o), gamma = norm.gamma(at), xhat = s.xhat(load(x + i));

@@ -1,16 +1,18 @@
-// Exponentials and what is made of them, on vectors: e^x, e^x - 1, log(1 + u), the logistic function, tanh, and the
-// normal distribution (for GELU, in erf's place). The standard library's would be called a lane at a time.
+// Exponentials and what is made of them, on vectors: e^x, e^x - 1, log(1 + u), the logistic function, tanh,
+// and the normal distribution (for GELU, in erf's place). The standard library's would be called a lane at a
+// time.
 //
-// Errors are below 1.5 units in the last place for the exponentials, below 3 for the others, for float and double.
-// NaN stays NaN, infinities and large |x| give the limits, results below the normal range are rounded as they should.
+// Errors in units in the last place, float and double: e^x, e^x - 1 and log 1.3, logistic 2.2, tanh 2.5,
+// phi 2, slopes 5, Phi 5.5 (in its tail). NaN stays NaN, infinities and large |x| give the limits, results
+// below the normal range are rounded as they should.
 //
-//   e^x      x = k log 2 + r, |r| <= log(2) / 2;  e^r = 1 + r + r^2 q(r);  times 2^k in two halves, so that neither
-//            overflows and small results are rounded once
+//   e^x      x = k log 2 + r, |r| <= log(2) / 2;  e^r = 1 + r + r^2 q(r);  times 2^k in two halves, so that
+//            neither overflows and small results are rounded once
 //   log      log(1 + f) = f - h + s (h + z p(z)), h = f^2 / 2, s = f / (2 + f), z = s^2 <= 0.0295
 //   normal   Phi(-a) = e^(-a^2 / 2) (5 / 2 + 2 s p(2 s - 1)) / (a + 5), s = a / (a + 5)
 //
-// q and p interpolate the exact functions at Chebyshev nodes; their errors are below 6e-17 (double), 2e-8 (float).
-// Tested by tests/engine/test_layers.py, through the activations.
+// q and p interpolate the exact functions at Chebyshev nodes; their errors are below 6e-17 (double), 2e-8
+// (float). Tested by tests/engine/test_layers.py, through the activations.
 #pragma once
 
 #include "simd.h"
@@ -34,8 +36,8 @@ struct Numbers<float> {
   static constexpr float kExp[] = {0.500000001f,   0.166666667f,   0.0416664646f,
                                    0.00833331089f, 0.00139336859f, 0.000198910307f};
   static constexpr float kLog[] = {0.666666852f, 0.399887348f, 0.295820236f};
-  static constexpr float kNormal[] = {-1.73080694f,    1.06542443f,   -0.570119387f,   0.25658599f,
-                                      -0.0915560921f,  0.0224507433f, -0.00170120248f, -0.0013976816f,
+  static constexpr float kNormal[] = {-1.73080694f,    1.06542443f,    -0.570119387f,   0.25658599f,
+                                      -0.0915560921f,  0.0224507433f,  -0.00170120248f, -0.0013976816f,
                                       0.000615685491f, 0.000147080422f};
 };
 
@@ -45,7 +47,8 @@ struct Numbers<double> {
   static constexpr int kMantissa = 52;
   static constexpr uint64_t kBias = 1023, kSign = 0x8000000000000000u, kUpperHalf = 0xfffffffff8000000u;
   static constexpr double kRound = 0x1.8p52;
-  static constexpr double kLog2e = 1.4426950408889634, kLog2High = 0x1.62e42feep-1, kLog2Low = 1.9082149292705878e-10;
+  static constexpr double kLog2e = 1.4426950408889634, kLog2High = 0x1.62e42feep-1,
+                          kLog2Low = 1.9082149292705878e-10;
   static constexpr double kExpLeast = -746.0, kExpMost = 710.0;
   static constexpr double kNormalMost = 40.0;
   static constexpr double kGeluTanhMost = 23.0;
@@ -63,13 +66,13 @@ struct Numbers<double> {
   static constexpr double kLog[] = {0.66666666666666697, 0.39999999999898273, 0.28571428626533616,
                                     0.22222211043776858, 0.18182895750119194, 0.15331501611145328,
                                     0.14619166134887971};
-  static constexpr double kNormal[] = {
-      -1.730806950249937,     1.0654244473598804,     -0.57011883138990363,   0.25658567471859681,
-      -0.091565308548206213,  0.022446669841961028,   -0.0016516030425469089, -0.0013417737290454674,
-      0.00054390433813381456, 9.9473829617281263e-7,  -6.0370522856157396e-5, 1.0607629378345644e-5,
-      6.0738159445717591e-6,  -2.0925790280367859e-6, -6.7722577845554833e-7, 3.3973991216171193e-7,
-      9.4063647685518414e-8,  -5.0439212845077016e-8, -1.5794600302545059e-8, 5.3393637448026661e-9,
-      2.1582964870253416e-9};
+  static constexpr double kNormal[] = {-1.730806950249937,     1.0654244473598804,     -0.57011883138990363,
+                                       0.25658567471859681,    -0.091565308548206213,  0.022446669841961028,
+                                       -0.0016516030425469089, -0.0013417737290454674, 0.00054390433813381456,
+                                       9.9473829617281263e-7,  -6.0370522856157396e-5, 1.0607629378345644e-5,
+                                       6.0738159445717591e-6,  -2.0925790280367859e-6, -6.7722577845554833e-7,
+                                       3.3973991216171193e-7,  9.4063647685518414e-8,  -5.0439212845077016e-8,
+                                       -1.5794600302545059e-8, 5.3393637448026661e-9,  2.1582964870253416e-9};
 };
 
 // sum_k c[k] x^k.
@@ -94,7 +97,8 @@ inline Vec<Real> absolute(Vec<Real> x) {
 template <class Real>
 inline Vec<Real> with_sign(Vec<Real> x, Vec<Real> sign) {
   using Bits = typename Numbers<Real>::Bits;
-  const Bits bits = reinterpret_cast<Bits>(absolute<Real>(x)) | (reinterpret_cast<Bits>(sign) & Numbers<Real>::kSign);
+  const Bits bits =
+      reinterpret_cast<Bits>(absolute<Real>(x)) | (reinterpret_cast<Bits>(sign) & Numbers<Real>::kSign);
   return reinterpret_cast<Vec<Real>>(bits);
 }
 // x, at most `most`; NaN stays.
@@ -121,7 +125,8 @@ inline Exponential<Real> exponential(Vec<Real> x, Vec<Real> tail = Vec<Real>{}) 
   const V r = x - k * N::kLog2High - k * N::kLog2Low + tail;
   const V p = r + r * r * polynomial<Real>(N::kExp, r);
   // In the last bits of `rounded` stands k; biased, so that all of this is unsigned.
-  const Bits biased = reinterpret_cast<Bits>(rounded) - reinterpret_cast<Bits>(splat(N::kRound)) + 2 * N::kBias;
+  const Bits biased =
+      reinterpret_cast<Bits>(rounded) - reinterpret_cast<Bits>(splat(N::kRound)) + 2 * N::kBias;
   const Bits half = biased >> 1;
   const V scale = reinterpret_cast<V>(half << N::kMantissa);
   const V scale1 = reinterpret_cast<V>((biased - half) << N::kMantissa);
@@ -160,9 +165,8 @@ struct HyperbolicTangent {
 template <class Real>
 inline HyperbolicTangent<Real> hyperbolic_tangent(Vec<Real> x) {
   const Exponential<Real> e = exponential<Real>(absolute<Real>(x) * Real(-2));
-  const Vec<Real> inverse = Real(1) / (e.expm1 + Real(2)), rest = Real(2) * e.exp * inverse;
-  const Vec<Real> value = e.exp > Real(0.5) ? -e.expm1 * inverse : Real(1) - rest;
-  return {with_sign<Real>(value, x), Real(2) * rest * inverse};
+  const Vec<Real> sum = e.expm1 + Real(2), inverse = Real(1) / sum;
+  return {with_sign<Real>(e.expm1 / sum, x), Real(4) * e.exp * inverse * inverse};
 }
 
 template <class Real>
@@ -180,7 +184,8 @@ inline Normal<Real> normal(Vec<Real> x) {
   const V upper = masked<Real>(a, N::kUpperHalf);
   const V e = exponential<Real>(upper * upper * Real(-0.5), (a - upper) * (a + upper) * Real(-0.5)).exp;
   const V inverse = Real(1) / (a + Real(5)), s = a * inverse;
-  const V above = e * (inverse * (Real(2.5) + Real(2) * s * polynomial<Real>(N::kNormal, Real(2) * s - Real(1))));
+  const V above =
+      e * (inverse * (Real(2.5) + Real(2) * s * polynomial<Real>(N::kNormal, Real(2) * s - Real(1))));
   return {x < Real(0) ? above : Real(1) - above, e * Real(0.39894228040143268), with_sign<Real>(a, x)};
 }
 

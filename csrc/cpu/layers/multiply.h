@@ -69,110 +69,150 @@ struct Taps {
   int64_t k, ldb;
 };
 
-template <class Real, int kRows, int kVectors>
+// A row of a tile: kVectors vectors, of which the last is half of one where kHalf.
+template <class Real, int kVectors, bool kHalf>
+struct Row {
+  using V = Vec<Real>;
+  using G = typename Simd<Real>::Grain;
+  static constexpr int kWhole = kVectors - (kHalf ? 1 : 0);
+  V whole[kWhole > 0 ? kWhole : 1];
+  G half;
+
+  inline void load_from(const Real* p) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kWhole; ++v) whole[v] = load(p + v * kLanes<Real>);
+    if constexpr (kHalf)
+      half = *reinterpret_cast<const typename Simd<Real>::UnalignedGrain*>(p + kWhole * kLanes<Real>);
+  }
+  inline void clear() {
+#pragma GCC unroll 16
+    for (int v = 0; v < kWhole; ++v) whole[v] = V{};
+    if constexpr (kHalf) half = G{};
+  }
+  inline void store_to(Real* p) const {
+#pragma GCC unroll 16
+    for (int v = 0; v < kWhole; ++v) store(p + v * kLanes<Real>, whole[v]);
+    if constexpr (kHalf)
+      *reinterpret_cast<typename Simd<Real>::UnalignedGrain*>(p + kWhole * kLanes<Real>) = half;
+  }
+  inline void add_product(Real x, const Row& factor) {
+    if constexpr (kWhole > 0) {
+      const V s = splat(x);
+#pragma GCC unroll 16
+      for (int v = 0; v < kWhole; ++v) whole[v] += s * factor.whole[v];
+      if constexpr (kHalf) half += low_half(s) * factor.half;
+    } else {
+      half += (x - G{}) * factor.half;
+    }
+  }
+};
+
+template <class Real, int kRows, int kVectors, bool kHalf>
 void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column, const Real* bias,
                    Real* const* c) {
-  using V = Vec<Real>;
-  constexpr int kL = kLanes<Real>;
-  V sum[kRows][kVectors];
+  Row<Real, kVectors, kHalf> sum[kRows], factor;
   const Real* row[kRows];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     row[m] = a[m];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = bias == nullptr ? V{} : load(bias + column + v * kL);
+    if (bias == nullptr) {
+      sum[m].clear();
+    } else {
+      sum[m].load_from(bias + column);
+    }
   }
   for (int64_t t = 0; t < taps.count; ++t) {
     const Real* b = taps.b[t] + column;
     const int64_t begin = taps.offset[t], end = begin + taps.k;
     for (int64_t k = begin; k < end; ++k, b += taps.ldb) {
-      V factor[kVectors];
+      factor.load_from(b);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) factor[v] = load(b + v * kL);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const V x = splat(row[m][k]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[m][v] += x * factor[v];
-      }
+      for (int m = 0; m < kRows; ++m) sum[m].add_product(row[m][k], factor);
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(c[m] + column + v * kL, sum[m][v]);
-  }
+  for (int m = 0; m < kRows; ++m) sum[m].store_to(c[m] + column);
 }
 
-// Pixels [first, first + count) of `walk`, which must be a row of pixels; see `outer`.
-template <class Real, int kRows, int kVectors>
+template <class Real, int kRows, int kVectors, bool kHalf>
 void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, Real* d, int64_t ldd,
                 bool add) {
-  using V = Vec<Real>;
-  constexpr int kL = kLanes<Real>;
-  V sum[kRows][kVectors];
+  Row<Real, kVectors, kHalf> sum[kRows], factor;
   int64_t at[kRows];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     at[m] = offset[m];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = add ? load(d + m * ldd + v * kL) : V{};
+    if (add) {
+      sum[m].load_from(d + m * ldd);
+    } else {
+      sum[m].clear();
+    }
   }
   for (int64_t n = 0; n < walk.samples; ++n) {
     for (int64_t i = 0; i < walk.h; ++i) {
       const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
       const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
       for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
-        V factor[kVectors];
+        factor.load_from(y);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) factor[v] = load(y + v * kL);
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) {
-          const V s = splat(x[at[m]]);
-#pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) sum[m][v] += s * factor[v];
-        }
+        for (int m = 0; m < kRows; ++m) sum[m].add_product(x[at[m]], factor);
       }
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(d + m * ldd + v * kL, sum[m][v]);
-  }
+  for (int m = 0; m < kRows; ++m) sum[m].store_to(d + m * ldd);
 }
 
-// The tiles of all shapes: [vectors - 1][rows - 1], null where they would not fit in registers.
+// The tiles of all shapes: [last vector is half][vectors - 1][rows - 1], null where they would not fit in
+// registers.
 template <class Real>
 struct Tiles {
   using Multiply = void (*)(const Real* const*, const Taps<Real>&, int64_t, const Real*, Real* const*);
   using Outer = void (*)(const Real*, const int64_t*, const Real*, const Walk&, Real*, int64_t, bool);
-  Multiply multiply[kMostVectors][kMostRows] = {};
-  Outer outer[kMostVectors][kMostRows] = {};
+  Multiply multiply[2][kMostVectors][kMostRows] = {};
+  Outer outer[2][kMostVectors][kMostRows] = {};
 
-  constexpr Tiles() { fill<1, 1>(); }
-  template <int kRows, int kVectors>
+  constexpr Tiles() {
+    fill<1, 1, false>();
+    if constexpr (kGrain<Real> < kLanes<Real>) fill<1, 1, true>();
+  }
+  template <int kRows, int kVectors, bool kHalf>
   constexpr void fill() {
-    multiply[kVectors - 1][kRows - 1] = multiply_tile<Real, kRows, kVectors>;
-    outer[kVectors - 1][kRows - 1] = outer_tile<Real, kRows, kVectors>;
+    multiply[kHalf][kVectors - 1][kRows - 1] = multiply_tile<Real, kRows, kVectors, kHalf>;
+    outer[kHalf][kVectors - 1][kRows - 1] = outer_tile<Real, kRows, kVectors, kHalf>;
     if constexpr (kRows < most_rows(kVectors)) {
-      fill<kRows + 1, kVectors>();
+      fill<kRows + 1, kVectors, kHalf>();
     } else if constexpr (kVectors < kMostVectors) {
-      fill<1, kVectors + 1>();
+      fill<1, kVectors + 1, kHalf>();
     }
   }
 };
 template <class Real>
 constexpr Tiles<Real> kTiles{};
 
+// How columns are cut into groups of vectors, the last of which may end in a half one.
+template <class Real>
+struct Columns {
+  int64_t vectors, groups;
+  bool half;
+  explicit Columns(int64_t columns)
+      : vectors((columns + kLanes<Real> - 1) / kLanes<Real>),
+        groups(parts_of(vectors, kMostVectors)),
+        half(columns % kLanes<Real> != 0) {}
+  int across(int64_t group) const { return part_size(vectors, groups, group); }
+  bool ends_half(int64_t group) const { return half && group == groups - 1; }
+};
+
 // c at walk.to, `columns` lanes of each pixel; a at walk.from.
 template <class Real>
-void multiply(const Walk& walk, const Real* a, const Taps<Real>& taps, int64_t columns, const Real* bias,
+void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns, const Real* bias,
               Real* c) {
-  const int64_t vectors = columns / kLanes<Real>, groups = parts_of(vectors, kMostVectors);
+  const Walk walk = where.collapsed();
+  const Columns<Real> cut(columns);
   const int64_t pixels = walk.count();
-  for (int64_t group = 0, column = 0; group < groups; ++group) {
-    const int across = part_size(vectors, groups, group);
+  for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+    const int across = cut.across(group);
+    const auto& tiles_of = kTiles<Real>.multiply[cut.ends_half(group)][across - 1];
     const int64_t tiles = parts_of(pixels, most_rows(across));
     Cursor cursor(walk);
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -183,7 +223,7 @@ void multiply(const Walk& walk, const Real* a, const Taps<Real>& taps, int64_t c
         from[m] = a + cursor.from;
         to[m] = c + cursor.to;
       }
-      kTiles<Real>.multiply[across - 1][rows - 1](from, taps, column, bias, to);
+      tiles_of[rows - 1](from, taps, column, bias, to);
     }
     column += across * kLanes<Real>;
   }
@@ -199,17 +239,17 @@ void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t row
   const int64_t bytes = walk.h * walk.w * (walk.from_pixel + walk.to_pixel) * int64_t(sizeof(Real));
   const int64_t fit = bytes > kBlockBytes ? 1 : kBlockBytes / bytes;
   const int64_t blocks = parts_of(walk.samples, fit);
-  const int64_t vectors = columns / kLanes<Real>, groups = parts_of(vectors, kMostVectors);
+  const Columns<Real> cut(columns);
   Walk block = walk;
   for (int64_t b = 0; b < blocks; ++b) {
     block.samples = part_size(walk.samples, blocks, b);
-    for (int64_t group = 0, column = 0; group < groups; ++group) {
-      const int across = part_size(vectors, groups, group);
+    for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+      const int across = cut.across(group);
+      const auto& tiles_of = kTiles<Real>.outer[cut.ends_half(group)][across - 1];
       const int64_t tiles = parts_of(rows, most_rows(across));
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int high = part_size(rows, tiles, tile);
-        kTiles<Real>.outer[across - 1][high - 1](a, offset + row, g + column, block, d + row * ldd + column,
-                                                 ldd, add || b > 0);
+        tiles_of[high - 1](a, offset + row, g + column, block, d + row * ldd + column, ldd, add || b > 0);
         row += high;
       }
       column += across * kLanes<Real>;

@@ -18,7 +18,8 @@ inline void for_each_vector(const Value& in, const Value& out, int64_t samples, 
   const int64_t count = dense ? samples * in.sample : in.w * in.pixel;
   for (int64_t n = 0; n < planes; ++n) {
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t from = in.origin + n * in.sample + i * in.row, to = out.origin + n * out.sample + i * out.row;
+      const int64_t from = in.origin + n * in.sample + i * in.row,
+                    to = out.origin + n * out.sample + i * out.row;
       for (int64_t k = 0; k < count; k += kLanes<Real>) visit(from + k, to + k);
     }
   }
@@ -39,13 +40,18 @@ inline void for_each_pixel(const Value& in, const Value& out, int64_t n, const V
   }
 }
 
-// visit.template operator()<count>(lane): all lanes of a pixel, in blocks of `count` vectors that registers hold.
+// visit.template operator()<count>(lane): all lanes of a pixel, in blocks of `count` vectors that registers
+// hold, in order: as many of 4 as there are, then one of 2, then one of 1.
 template <class Real, class Visit>
 inline void for_each_block(int64_t pixel, const Visit& visit) {
-  constexpr int kMost = 4;
+  constexpr int kL = kLanes<Real>;
   int64_t lane = 0;
-  for (; lane + kMost * kLanes<Real> <= pixel; lane += kMost * kLanes<Real>) visit.template operator()<kMost>(lane);
-  for (; lane < pixel; lane += kLanes<Real>) visit.template operator()<1>(lane);
+  for (; lane + 4 * kL <= pixel; lane += 4 * kL) visit.template operator()<4>(lane);
+  if (lane + 2 * kL <= pixel) {
+    visit.template operator()<2>(lane);
+    lane += 2 * kL;
+  }
+  if (lane < pixel) visit.template operator()<1>(lane);
 }
 
 // All lanes' sum.

@@ -1,5 +1,6 @@
-// Vectors of the instruction set that this file is compiled for, by the compiler's vector extension: arithmetic on
-// them is written as on numbers. kLanes of Real; a value's pixel is a whole number of them for every set.
+// Vectors of the instruction set that this file is compiled for, by the compiler's vector extension:
+// arithmetic on them is written as on numbers. kLanes of Real; a value's pixel is a whole number of them for
+// every set.
 #pragma once
 
 #ifndef METAFAST_ISA
@@ -22,6 +23,10 @@ constexpr int kRegisterBytes = 16;
 constexpr int kAccumulators = 12;
 #endif
 
+// The smallest vectors that products are made of: half ones with AVX-512, where 40 channels are 2 1/2
+// vectors, not 3.
+constexpr int kGrainBytes = kRegisterBytes == 64 ? 32 : kRegisterBytes;
+
 template <class Real>
 struct Simd;
 template <>
@@ -29,12 +34,16 @@ struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kRegisterBytes)));
   typedef float Unaligned __attribute__((vector_size(kRegisterBytes), aligned(4), may_alias));
   typedef int32_t Mask __attribute__((vector_size(kRegisterBytes)));
+  typedef float Grain __attribute__((vector_size(kGrainBytes)));
+  typedef float UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(4), may_alias));
 };
 template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kRegisterBytes)));
   typedef double Unaligned __attribute__((vector_size(kRegisterBytes), aligned(8), may_alias));
   typedef int64_t Mask __attribute__((vector_size(kRegisterBytes)));
+  typedef double Grain __attribute__((vector_size(kGrainBytes)));
+  typedef double UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(8), may_alias));
 };
 
 template <class Real>
@@ -42,10 +51,13 @@ using Vec = typename Simd<Real>::Vec;
 template <class Real>
 constexpr int kLanes = kRegisterBytes / int(sizeof(Real));
 
-// Lanes that `channels` channels take, in whole vectors of this instruction set: a pixel may have more.
+template <class Real>
+constexpr int kGrain = kGrainBytes / int(sizeof(Real));
+
+// Lanes that `channels` channels take, in whole grains of this instruction set: a pixel may have more.
 template <class Real>
 constexpr int64_t lanes_of(int64_t channels) {
-  return (channels + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+  return (channels + kGrain<Real> - 1) / kGrain<Real> * kGrain<Real>;
 }
 
 template <class Real>
@@ -60,15 +72,23 @@ template <class Real>
 inline Vec<Real> splat(Real x) {
   return x - Vec<Real>{};
 }
+#if defined(__AVX512F__)
+inline Simd<float>::Grain low_half(Vec<float> v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline Simd<double>::Grain low_half(Vec<double> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+#endif
 // a where the condition (a comparison of vectors) holds, else b.
 template <class V, class M>
 inline V select(M condition, V a, V b) {
   return condition ? a : b;
 }
 
-// Calls visit(offset) for the first lane of every pixel of N samples, row by row; `count` pixels lie `pixel` apart.
+// Calls visit(offset) for the first lane of every pixel of N samples, row by row; `count` pixels lie `pixel`
+// apart.
 template <class Visit>
-inline void for_each_row(int64_t samples, int64_t h, int64_t origin, int64_t sample, int64_t row, const Visit& visit) {
+inline void for_each_row(int64_t samples, int64_t h, int64_t origin, int64_t sample, int64_t row,
+                         const Visit& visit) {
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t i = 0; i < h; ++i) visit(origin + n * sample + i * row);
   }

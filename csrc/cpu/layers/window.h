@@ -1,4 +1,5 @@
-// The windows of a pooling layer, from both sides: the real pixels of each window, and the windows of each pixel.
+// The windows of a pooling layer, from both sides: the real pixels of each window, and the windows of each
+// pixel.
 #pragma once
 
 #include "pixels.h"
@@ -27,6 +28,13 @@ struct Axis {
   }
 };
 
+// No two windows hold the same pixel.
+inline bool are_apart(const Axis& a) { return a.stride >= a.kernel; }
+// Each pixel lies in exactly one window.
+inline bool are_tiles(const Axis& a) {
+  return a.stride == a.kernel && a.pad == 0 && a.outputs * a.stride == a.size;
+}
+
 inline Axis rows_of(const Layer& l, const Value& in, const Value& out) {
   return {l.kernel_h, l.stride_h, l.pad_h, in.h, out.h};
 }
@@ -42,16 +50,19 @@ struct Window {
   int64_t number;       // of the output pixel, counted over samples
 };
 
-// One input pixel's windows.
+// One input pixel's windows: those of the outputs in `rows` x `columns`, which may be none. In the first it
+// is tap `tap`; in the next row's and column's, tap_row and tap_column less.
 struct Holders {
-  int64_t row, column;  // the input pixel
-  int64_t from;         // where it lies
-  Range rows, columns;  // outputs whose windows hold it; may be empty
-  int64_t sample;
+  Range rows, columns;
+  int64_t from;    // the input pixel
+  int64_t to;      // the first output pixel
+  int64_t number;  // of the first output pixel, counted over samples
+  int64_t tap, tap_row, tap_column;
 };
 
 template <class Visit>
-inline void for_each_window(const Layer& l, const Value& in, const Value& out, int64_t samples, const Visit& visit) {
+inline void for_each_window(const Layer& l, const Value& in, const Value& out, int64_t samples,
+                            const Visit& visit) {
   const Axis rows = rows_of(l, in, out), columns = columns_of(l, in, out);
   Window w{};
   for (int64_t n = 0; n < samples; ++n) {
@@ -72,14 +83,22 @@ inline void for_each_held_pixel(const Layer& l, const Value& in, const Value& ou
                                 const Visit& visit) {
   const Axis rows = rows_of(l, in, out), columns = columns_of(l, in, out);
   Holders h{};
-  for (h.sample = 0; h.sample < samples; ++h.sample) {
+  h.tap_row = l.stride_h * l.kernel_w;
+  h.tap_column = l.stride_w;
+  for (int64_t n = 0; n < samples; ++n) {
     h.rows = {0, 0};
-    for (h.row = 0; h.row < in.h; ++h.row) {
-      rows.next(h.row, h.rows);
+    for (int64_t i = 0; i < in.h; ++i) {
+      rows.next(i, h.rows);
       h.columns = {0, 0};
-      h.from = in.origin + h.sample * in.sample + h.row * in.row;
-      for (h.column = 0; h.column < in.w; ++h.column, h.from += in.pixel) {
-        columns.next(h.column, h.columns);
+      h.from = in.origin + n * in.sample + i * in.row;
+      const int64_t tap = rows.tap(i, h.rows.begin) * l.kernel_w;
+      const int64_t to = out.origin + n * out.sample + h.rows.begin * out.row;
+      const int64_t number = (n * out.h + h.rows.begin) * out.w;
+      for (int64_t j = 0; j < in.w; ++j, h.from += in.pixel) {
+        columns.next(j, h.columns);
+        h.tap = tap + columns.tap(j, h.columns.begin);
+        h.to = to + h.columns.begin * out.pixel;
+        h.number = number + h.columns.begin;
         visit(h);
       }
     }
