@@ -1,5 +1,8 @@
 # make demo   train on real letters and compare with the reference implementations
 # make test   everything that CI runs
+# make sanitize  the kernels' tests under AddressSanitizer and UBSan (CI runs this too)
+# make bench  every workload, into benchmarks/results
+# make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
 # make format let the formatters write
 # Each is complete from a fresh clone: it makes the environment in .venv and builds the extension first.
@@ -12,7 +15,7 @@ NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -na
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint pytest isas format demo clean
+.PHONY: help build test lint pytest isas sanitize format demo bench peers clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -48,6 +51,16 @@ isas: build
 	    echo "METAFAST_CPU_ISA=$$isa"; METAFAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n 2 -m native || exit 1; \
 	  else echo "this machine or build has no $$isa: not tested here"; fi; \
 	done
+
+# A copy of the package, so that the sanitised extension is never the one in use. Leaks are Python's own; without
+# libstdc++ loaded as early, the sanitizer does not find the function that throws.
+SANITIZED := build/sanitized
+sanitize: build
+	rm -rf $(SANITIZED)
+	METAFAST_SANITIZE=address,undefined CXXFLAGS=-O1 $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
+	cp -r tests $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(abspath $(BIN))/python -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir . tests/engine tests/ops
 
 format: build
 	$(BIN)/ruff check --fix .

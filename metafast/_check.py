@@ -35,12 +35,12 @@ def number(name: str, value: Any, *, minimum: float | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
     try:
-        value = float(value)
+        result = float(value)
     except OverflowError:
         raise ValueError(f"{name}: expected {wanted}, got an int that no float holds") from None
-    if not math.isfinite(value) or (minimum is not None and value < minimum):
+    if not math.isfinite(result) or (minimum is not None and result < minimum):
         raise ValueError(f"{name}: expected {wanted}, got {value}")
-    return value
+    return result
 
 
 def flag(name: str, value: Any) -> bool:

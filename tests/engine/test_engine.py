@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import metafast as mf
 from tests.backends import native
+from tests.engine import four_functions
 from tests.engine.random_nets import random_net
 from tests.nets import build, episodes_for, gradient, relative_error
 
@@ -72,29 +72,11 @@ def test_the_four_functions_of_random_networks(seed: int) -> None:
     model = model.double()
     ways = model(torch.zeros(2, *shape, dtype=torch.float64)).shape[1]
     loss = loss_for(ways, seed)
-    e = random_episodes(shape, ways, seed, loss)
-    maml = mf.MAML(model, loss=loss)
-    with mf.use_backend("cpu"):
-        engine = maml._engines(e.support_x, e.support_y)
-        theta = maml._task.theta().detach()
-        phi = theta + 0.1 * torch.randn(e.tasks, theta.numel(), dtype=torch.float64)
-        vector = torch.randn_like(phi)
-        cotangent = torch.randn(*e.support_y.shape[:2], ways, dtype=torch.float64)
-        outputs, pullback = engine.outputs(phi, e.support_x), engine.pullback(phi, e.support_x, cotangent)
-        grads, products = (
-            engine.support_grad(phi, e.support_x, e.support_y),
-            engine.hvp(phi, e.support_x, e.support_y, vector),
-        )
-    for t in range(e.tasks):
-        p = phi[t].clone().requires_grad_()
-        f = functional_call(model, maml._task.layout.unflatten(p), (e.support_x[t],))
-        assert relative_error(outputs[t], f) < BAR
-        (pulled,) = torch.autograd.grad(f, p, cotangent[t], retain_graph=True)
-        assert relative_error(pullback[t], pulled) < BAR
-        (g,) = torch.autograd.grad(maml._task.loss.function(f, e.support_y[t]), p, create_graph=True)
-        assert relative_error(grads[t], g) < BAR
-        (h,) = torch.autograd.grad(g, p, vector[t])
-        assert relative_error(products[t], h) < BAR
+    episodes = random_episodes(shape, ways, seed, loss)
+    found, _ = four_functions.native(model, episodes, loss)
+    wanted = four_functions.plain(model, episodes, loss)
+    for name in four_functions.NAMES:
+        assert relative_error(found[name], wanted[name]) < BAR
 
 
 @native
