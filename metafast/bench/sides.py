@@ -1,0 +1,139 @@
+"""Who takes part: what each side needs, which workloads it can do, and how it makes a meta-gradient."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metafast import reference
+from metafast.backend import use_backend
+from metafast.bench.workloads import Problem, Workload
+from metafast.episodes import Outcome
+from metafast.learners import LOMAML, MAML, ProtoNets
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A side with a problem in hand: ``step`` makes one meta-gradient, ``gradient`` fetches the last one, flat."""
+
+    step: Callable[[], object]
+    gradient: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One competitor.
+
+    Attributes:
+        name: for people.
+        prepare: takes a problem, of which it may change everything, and gets ready.
+        learners: of "maml", "lomaml" and "protonets", those that it has.
+        package: distribution and module that it needs; None where metafast and torch suffice.
+        ours: metafast itself, whose mistakes are errors; the reference loops count as the others'.
+    """
+
+    name: str
+    prepare: Callable[[Problem], Prepared]
+    learners: tuple[str, ...] = ("maml", "lomaml", "protonets")
+    package: tuple[str, str] | None = None
+    ours: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package can be imported."""
+        return self.package is None or importlib.util.find_spec(self.package[1]) is not None
+
+    @property
+    def version(self) -> str | None:
+        """Version of its package; None where it has none or is not installed."""
+        return importlib.metadata.version(self.package[0]) if self.package and self.installed else None
+
+    def takes(self, workload: Workload) -> bool:
+        """Whether it has the workload's learner."""
+        return workload.learner in self.learners
+
+
+def by_backward(problem: Problem, loss: Callable[[], Tensor]) -> Prepared:
+    """A side whose step is ``loss().backward()`` into the ``.grad`` of the problem's parameters."""
+    parameters = problem.parameters()
+
+    def step() -> None:
+        clear(parameters)
+        loss().backward()
+
+    return Prepared(step, lambda: flat_grad(parameters))
+
+
+def clear(parameters: list[nn.Parameter]) -> None:
+    """Forget the ``.grad`` of all parameters."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def flat_grad(parameters: list[nn.Parameter]) -> Tensor:
+    """The ``.grad`` of all parameters, one after the other; zeros where there is none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+
+
+def _learner(problem: Problem) -> MAML | LOMAML | ProtoNets:
+    w = problem.workload
+    if w.learner == "protonets":
+        return ProtoNets(problem.model)
+    if w.learner == "lomaml":
+        return LOMAML(problem.model, problem.optimizer, lr=w.lr, steps=w.steps, loss=w.loss)
+    return MAML(problem.model, lr=w.lr, steps=w.steps, loss=w.loss)
+
+
+def _autograd(problem: Problem) -> Prepared:
+    learner = _learner(problem)
+
+    def loss() -> Tensor:
+        out: Outcome = learner(problem.episodes)
+        return out.loss
+
+    return by_backward(problem, loss)
+
+
+def _accumulate_grad(problem: Problem) -> Prepared:
+    learner, parameters = _learner(problem), problem.parameters()
+
+    def step() -> None:
+        clear(parameters)
+        learner.accumulate_grad(problem.episodes)
+
+    return Prepared(step, lambda: flat_grad(parameters))
+
+
+def _torch_backend(problem: Problem) -> Prepared:
+    inner = _accumulate_grad(problem)
+
+    def step() -> None:
+        with use_backend("torch"):
+            inner.step()
+
+    return Prepared(step, inner.gradient)
+
+
+def _reference(problem: Problem) -> Prepared:
+    return by_backward(problem, lambda: reference_outcome(problem).loss)
+
+
+def reference_outcome(problem: Problem) -> Outcome:
+    """What ``metafast.reference`` says of a problem."""
+    w, model, episodes = problem.workload, problem.model, problem.episodes
+    if w.learner == "protonets":
+        return reference.protonets(model, episodes)
+    if problem.optimizer is not None:
+        return reference.lomaml(model, problem.optimizer, episodes, lr=w.lr, steps=w.steps, loss=w.loss)
+    return reference.maml(model, episodes, lr=w.lr, steps=w.steps, loss=w.loss)
+
+
+AUTOGRAD = Side("metafast", _autograd, ours=True)
+ACCUMULATE = Side("accumulate_grad", _accumulate_grad, ours=True)
+TORCH_BACKEND = Side("torch backend", _torch_backend, ours=True)
+REFERENCE = Side("reference loop", _reference)

@@ -1,0 +1,156 @@
+"""Check every side's meta-gradient, then time all of them, alternating."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast import _check
+from metafast.backend import current_backend
+from metafast.bench import peers, sides
+from metafast.bench.machine import describe_machine
+from metafast.bench.sides import Prepared, Side
+from metafast.bench.timing import Timing, alternate
+from metafast.bench.workloads import WORKLOADS, Problem, Workload, build
+from metafast.checks.compare import relative_error
+
+# In float64 whatever is the same mathematics agrees far better than this.
+EXACT = 1e-10
+# In float32 a ReLU or max-pool decision near 0 may fall the other way, in plain PyTorch too, and five inner steps
+# amplify it: on Conv4-64 with K=5 the reference loop's error was 2e-4 for most seeds, and up to 0.15.
+FLOAT32_BAR = 0.3
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Who runs what: workloads by name, and sides."""
+
+    workloads: tuple[str, ...]
+    sides: tuple[Side, ...]
+
+
+_SMALL = ("sinusoid-k1", "sinusoid-k5", "conv4-64-small", "lomaml-sinusoid", "protonets-small")
+_FULL = tuple(name for name in WORKLOADS if not name.endswith("-small"))
+_DOORS = (sides.AUTOGRAD, sides.ACCUMULATE, sides.REFERENCE)
+_LOOPS = (peers.LEARN2LEARN, peers.HIGHER, peers.TORCHOPT)
+
+SUITES: dict[str, Suite] = {
+    # Under a minute: small workloads, and the peers that need no compilation.
+    "reference": Suite(_SMALL, (*_DOORS, *_LOOPS)),
+    # Full sizes, metafast's backends.
+    "engine": Suite(_FULL, (*_DOORS, sides.TORCH_BACKEND)),
+    # Full sizes, everybody.
+    "peers": Suite(_FULL, (*_DOORS, *_LOOPS, peers.COMPILE, peers.JAX)),
+}
+
+
+def run(
+    suite: Suite,
+    workloads: Sequence[Workload],
+    seconds: float,
+    progress: Callable[[str], None] = lambda text: None,
+    finished: Callable[[Document], None] = lambda result: None,
+) -> Document:
+    """Check and time workloads.
+
+    Args:
+        suite: whose sides take part.
+        workloads: what to run.
+        seconds: of timing for each workload.
+        progress: told what is going on.
+        finished: told the result of each workload.
+
+    Returns:
+        Everything found, as plain JSON values: ``machine``, ``settings`` and a list ``workloads``, in which every
+        side has its status, errors and times. :func:`metafast.bench.report.summary` and ``plot`` read it.
+
+    Raises:
+        TypeError, ValueError: seconds is no number of at least 0.
+        Exception: whatever metafast itself raises; what a peer raises is its status.
+    """
+    _check.number("seconds", seconds, minimum=0.0)
+    where = describe_machine()
+    results = []
+    for workload in workloads:
+        results.append(_workload(suite, workload, seconds, progress))
+        finished(results[-1])
+    settings = {
+        "seconds": seconds,
+        "backend": current_backend(),
+        "exact_float64": EXACT,
+        "float32_bar": FLOAT32_BAR,
+    }
+    return {"format": 1, "machine": where, "settings": settings, "workloads": results}
+
+
+def _workload(suite: Suite, workload: Workload, seconds: float, progress: Callable[[str], None]) -> Document:
+    progress(f"{workload.name}: float64 reference")
+    problem = build(workload)
+    wanted = reference_gradient(problem)
+    small = build(workload.shrunk())
+    wanted_small = reference_gradient(small)
+    results: dict[str, Document] = {}
+    ready: dict[str, Prepared] = {}
+    for side in suite.sides:
+        result: Document = {"side": side.name, "ours": side.ours, "version": side.version}
+        results[side.name] = result
+        if not side.takes(workload):
+            result["status"] = f"no {workload.learner}"
+            continue
+        if not side.installed:
+            result["status"] = "not installed"
+            continue
+        progress(f"{workload.name}: checking {side.name}")
+        try:
+            exactness = gradient_error(side.prepare(small.copy(torch.float64)), wanted_small)
+            prepared = side.prepare(problem.copy())
+            error = gradient_error(prepared, wanted)
+        except Exception as failure:
+            if side.ours:
+                raise
+            result |= {"status": "failed", "reason": f"{type(failure).__name__}: {failure}".strip().splitlines()[0]}
+            continue
+        result |= {"error_float64": exactness, "error_float32": error, "status": _verdict(exactness, error)}
+        ready[side.name] = prepared
+    progress(f"{workload.name}: timing {len(ready)} sides")
+    timings = alternate({name: prepared.step for name, prepared in ready.items()}, seconds)
+    for name, timing in timings.items():
+        results[name] |= _numbers(timing)
+    return {"workload": asdict(workload), "sides": list(results.values())}
+
+
+def _verdict(exactness: float | None, error: float | None) -> str:
+    """ "exact": the same mathematics, and float32 as near as float32 gets; "off": that, but not so near."""
+    if exactness is None or error is None or exactness > EXACT:
+        return "differs"
+    return "exact" if error <= FLOAT32_BAR else "off"
+
+
+def reference_gradient(problem: Problem) -> Tensor:
+    """The float64 meta-gradient by the plain loop."""
+    prepared = sides.REFERENCE.prepare(problem.copy(torch.float64))
+    prepared.step()
+    return prepared.gradient()
+
+
+def gradient_error(prepared: Prepared, wanted: Tensor) -> float | None:
+    """Relative error of the flattened meta-gradient; None where it is not finite."""
+    prepared.step()
+    error = relative_error(prepared.gradient(), wanted)
+    return error if math.isfinite(error) else None
+
+
+def _numbers(timing: Timing) -> Document:
+    return {
+        "median_seconds": timing.median,
+        "quartile_seconds": list(timing.quartiles),
+        "round_seconds": list(timing.rounds),
+        "calls_a_round": timing.calls,
+    }

@@ -1,0 +1,200 @@
+"""``metafast train``: train a learner, test it on unseen tasks, leave checkpoint, metrics and pictures."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from metafast.cli import checkpoint as checkpoints
+from metafast.cli import metrics, plots
+from metafast.cli.checkpoint import Checkpoint, Schedule
+from metafast.cli.common import DataRoot, Device, Threads, check_count, draw_test, test, use_device
+from metafast.cli.console import INTERRUPTED, ProgressLine, bad_input, say, say_error
+from metafast.cli.defaults import Data, Learner, defaults
+from metafast.cli.evaluation import TASKS, recipe_to_test
+from metafast.cli.interrupt import Interrupt
+from metafast.cli.recipe import Recipe, Tasks, option
+from metafast.cli.trainer import Diverged, Trainer
+
+RESULT = "result.json"
+CURVES = "curves.png"
+_WRITTEN = (checkpoints.NAME, metrics.NAME, RESULT, CURVES, "sinusoid.png", "episode.png")
+
+
+def train(
+    learner: Annotated[Learner, typer.Argument(help="What to train.")],
+    data: Annotated[Data, typer.Option(help="What to train on.")],
+    data_root: DataRoot = None,
+    ways: Annotated[int | None, typer.Option(help="Classes a task.")] = None,
+    train_ways: Annotated[int | None, typer.Option(help="Classes a training task (ProtoNets).")] = None,
+    shots: Annotated[int | None, typer.Option(help="Support samples a class, or points a wave.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Query samples a class, or points a wave, in training.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="Tasks a meta-batch.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Inner steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Inner learning rate.")] = None,
+    first_order: Annotated[bool, typer.Option("--first-order", help="Drop the second-order term.")] = False,
+    meta_lr: Annotated[float | None, typer.Option(help="Learning rate of Adam, the outer optimiser.")] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of Conv4, or units of a hidden layer.")] = None,
+    batch_norm: Annotated[
+        Literal["batch", "running"] | None, typer.Option(help="Statistics that batch norm uses.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights and of the tasks.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Meta-steps.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Meta-steps a line of the metrics file.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Meta-steps between checkpoints.")] = None,
+    eval_tasks: Annotated[int, typer.Option(help="Unseen tasks of the test at the end.")] = TASKS,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/LEARNER-DATA by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Train a learner, then test it on unseen tasks.
+
+    What is left out is chosen for the learner and the data. The run's folder gets checkpoint.pt, metrics.jsonl,
+    result.json, curves.png and a picture of unseen tasks. Ctrl-C writes a checkpoint; --resume goes on from it, to the
+    same bits as if there had been no break.
+    """
+    given = {
+        "ways": ways,
+        "train_ways": train_ways,
+        "shots": shots,
+        "queries": queries,
+        "tasks": tasks,
+        "steps": steps,
+        "lr": lr,
+        "first_order": first_order or None,
+        "meta_lr": meta_lr,
+        "width": width,
+        "batch_norm": batch_norm,
+        "seed": seed,
+    }
+    cadence = {"iterations": iterations, "log_every": log_every, "checkpoint_every": checkpoint_every}
+    folder = out or Path("runs", f"{learner}-{data}")
+    with bad_input():
+        where = use_device(device, threads)
+        check_count(option("eval_tasks"), eval_tasks)
+        before = _look(folder, resume, overwrite)
+        recipe = Recipe.of(learner, data, given) if before is None else _same(folder, before, learner, data, given)
+        schedule = _schedule(recipe, before, cadence)
+        training = Tasks(recipe, test=False, root=data_root, device=where)
+        unseen = Tasks(recipe_to_test(recipe), test=True, root=data_root, device=where)
+        trainer, lines = _open(folder, before, recipe, training, where)
+    parameters = sum(p.numel() for p in trainer.learner.parameters())
+    say(f"{recipe.title}: {parameters:,} parameters, {recipe.tasks} tasks a meta-step, on {where}; writes to {folder}/")
+    if before is not None:
+        say(f"goes on after meta-step {trainer.iteration}")
+    try:
+        signal = _train(trainer, schedule, folder, lines)
+    except Diverged as error:
+        say_error(str(error))
+        raise typer.Exit(1) from error
+    if signal is not None:
+        say(f"stopped after meta-step {trainer.iteration} of {schedule.iterations}; to go on:")
+        say(f"  metafast train {learner} --data {data} --out {shlex.quote(str(folder))} --resume")
+        raise typer.Exit(128 + signal)
+    say(f"trained {trainer.iteration} meta-steps in {trainer.seconds:.1f} s")
+    try:
+        result = test(trainer.learner, unseen, eval_tasks)
+    except KeyboardInterrupt as error:
+        say(f"the test was stopped; to test: metafast eval {shlex.quote(str(folder))}")
+        raise typer.Exit(INTERRUPTED) from error
+    result.write(folder / RESULT)
+    plots.curves(folder / CURVES, recipe, lines, result)
+    picture = draw_test(folder, trainer.learner, unseen, result)
+    say(f"wrote {checkpoints.NAME}, {metrics.NAME}, {RESULT}, {CURVES} and {picture} to {folder}/")
+
+
+def _look(folder: Path, resume: bool, overwrite: bool) -> Checkpoint | None:
+    """The checkpoint to resume; None for a fresh start. Refuses to write over a run unasked."""
+    if resume and overwrite:
+        raise ValueError("--overwrite: expected either --resume or --overwrite, got both")
+    if resume:
+        return checkpoints.load(folder / checkpoints.NAME)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out: expected a folder, {str(folder)!r} is a file")
+    present = [name for name in _WRITTEN if (folder / name).exists()]
+    if present and not overwrite:
+        raise ValueError(
+            f"--out: {str(folder)!r} holds {', '.join(present)} of another run; --resume goes on with it, "
+            "--overwrite replaces it"
+        )
+    return None
+
+
+def _same(folder: Path, before: Checkpoint, learner: str, data: str, given: dict[str, Any]) -> Recipe:
+    """The checkpoint's recipe, which the options must not contradict."""
+    stored = before.recipe.plain()
+    asked = {"learner": learner, "data": data} | {name: value for name, value in given.items() if value is not None}
+    for name, value in asked.items():
+        if stored[name] != value:
+            argument = "LEARNER" if name == "learner" else option(name)
+            raise ValueError(
+                f"{argument}: the run in {str(folder / checkpoints.NAME)!r} has {stored[name]}, got {value}; "
+                "a resumed run keeps its recipe"
+            )
+    return before.recipe
+
+
+def _schedule(recipe: Recipe, before: Checkpoint | None, given: dict[str, int | None]) -> Schedule:
+    """The checkpoint's schedule, or the default one, but for what is given."""
+    if before is None:
+        started = Schedule(defaults(recipe.learner, recipe.data)["iterations"], log_every=20, checkpoint_every=500)
+    else:
+        started = before.schedule
+    schedule = replace(started, **{name: value for name, value in given.items() if value is not None})
+    if before is not None and schedule.iterations < before.iteration:
+        raise ValueError(
+            f"--iterations: the run has done {before.iteration} already, expected at least as many, "
+            f"got {schedule.iterations}"
+        )
+    return schedule
+
+
+def _open(
+    folder: Path, before: Checkpoint | None, recipe: Recipe, tasks: Tasks, device: torch.device
+) -> tuple[Trainer, list[metrics.Line]]:
+    """The trainer and the metrics so far. The folder is touched last: what fails before has changed nothing."""
+    if before is None:
+        trainer, lines = Trainer(recipe, tasks, device), []
+        folder.mkdir(parents=True, exist_ok=True)
+        stale = set(_WRITTEN)
+    else:
+        trainer = Trainer.resumed(folder / checkpoints.NAME, before, tasks, device)
+        # What was written after the checkpoint comes again.
+        lines = metrics.read(folder / metrics.NAME, until=before.iteration)
+        stale = set(_WRITTEN) - {checkpoints.NAME, metrics.NAME}
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    metrics.write(folder / metrics.NAME, lines)
+    return trainer, lines
+
+
+def _train(trainer: Trainer, schedule: Schedule, folder: Path, lines: list[metrics.Line]) -> int | None:
+    """Train to the end of the schedule, or to a signal, whose number is returned; the last state is saved."""
+    path = folder / checkpoints.NAME
+    bar = ProgressLine("training", schedule.iterations, trainer.iteration)
+    status = ""
+
+    def log() -> None:
+        nonlocal status
+        line = trainer.line()
+        lines.append(line)
+        metrics.append(folder / metrics.NAME, line)
+        status = f"loss {line['loss']:.4f}" + (f"  accuracy {line['accuracy']:.3f}" if "accuracy" in line else "")
+
+    with Interrupt() as interrupt, bar:
+        while trainer.iteration < schedule.iterations and interrupt.signal is None:
+            trainer.step()
+            if trainer.iteration % schedule.log_every == 0 or trainer.iteration == schedule.iterations:
+                log()
+            if trainer.iteration % schedule.checkpoint_every == 0:
+                checkpoints.save(path, trainer.checkpoint(schedule))
+            bar.advance(1, lambda: status)
+        checkpoints.save(path, trainer.checkpoint(schedule))
+    return interrupt.signal

@@ -1,0 +1,129 @@
+"""Meta-training, a step at a time, in a state that a checkpoint holds completely."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from metafast.cli.checkpoint import Checkpoint, Schedule, restore, restore_optimizer
+from metafast.cli.metrics import Line
+from metafast.cli.recipe import AnyLearner, Recipe, Tasks, build_learner
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight became NaN or infinite."""
+
+
+class Trainer:
+    """A learner, its optimiser and its tasks.
+
+    Args:
+        recipe: what is trained on what.
+        tasks: the training tasks, made on the device to train on.
+        device: that device.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Tasks, device: torch.device) -> None:
+        self._start(recipe, tasks, device, build_learner(recipe))
+
+    @classmethod
+    def resumed(cls, path: Path, checkpoint: Checkpoint, tasks: Tasks, device: torch.device) -> Trainer:
+        """The trainer that a checkpoint, read from ``path``, left off.
+
+        Raises:
+            ValueError: it does not hold together, or was made on another kind of device.
+        """
+        if checkpoint.device != device.type:
+            raise ValueError(
+                f"--device: {str(path)!r} was made on {checkpoint.device}, whose random numbers {device.type} "
+                "cannot go on with"
+            )
+        trainer = cls.__new__(cls)
+        trainer._start(checkpoint.recipe, tasks, device, restore(path, checkpoint))
+        restore_optimizer(path, checkpoint, trainer.optimizer)
+        try:
+            trainer._generator.set_state(checkpoint.generator)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{str(path)!r}: generator: {error}") from error
+        trainer.iteration, trainer._seconds = checkpoint.iteration, checkpoint.seconds
+        trainer._count = int(checkpoint.window["count"])
+        trainer._loss.fill_(checkpoint.window["loss"])
+        trainer._accuracy.fill_(checkpoint.window["accuracy"])
+        return trainer
+
+    def _start(self, recipe: Recipe, tasks: Tasks, device: torch.device, learner: AnyLearner) -> None:
+        self.recipe, self.device, self.learner = recipe, device, learner.to(device)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), recipe.meta_lr)
+        self._tasks, self._generator = tasks, tasks.generator()
+        self.iteration, self._seconds, self._began = 0, 0.0, time.perf_counter()
+        self._count = 0
+        # Summed up where they are made: reading every one would make a GPU wait for the host.
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._accuracy = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def seconds(self) -> float:
+        """Time since training began, without the breaks between runs."""
+        return self._seconds + time.perf_counter() - self._began
+
+    def step(self) -> None:
+        """One meta-step: sample tasks, accumulate the meta-gradient, let Adam take a step."""
+        episodes = self._tasks.sample(self.recipe.tasks, self._generator)
+        self.optimizer.zero_grad()
+        outcome = self.learner.accumulate_grad(episodes)
+        self.optimizer.step()
+        self._loss += outcome.loss
+        if outcome.accuracy is not None:
+            self._accuracy += outcome.accuracy.mean()
+        self._count += 1
+        self.iteration += 1
+
+    def means(self) -> Line:
+        """Loss, and accuracy for classification, over the steps since the last :meth:`line`."""
+        means = {"loss": float(self._loss) / max(self._count, 1)}
+        if not self.recipe.regression:
+            means["accuracy"] = float(self._accuracy) / max(self._count, 1)
+        return means
+
+    def line(self) -> Line:
+        """A line for the metrics file, over the steps since the last one.
+
+        Raises:
+            Diverged: the loss was NaN or infinite.
+        """
+        line = {"iteration": self.iteration} | self.means() | {"seconds": round(self.seconds, 3)}
+        if not math.isfinite(line["loss"]):
+            raise self._diverged("the loss")
+        self._count = 0
+        self._loss.zero_()
+        self._accuracy.zero_()
+        return line
+
+    def checkpoint(self, schedule: Schedule) -> Checkpoint:
+        """Everything it takes to go on from here.
+
+        Raises:
+            Diverged: there is nothing to go on from.
+        """
+        for name, value in self.learner.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise self._diverged(name)
+        return Checkpoint(
+            self.recipe,
+            schedule,
+            self.iteration,
+            self.seconds,
+            self.device.type,
+            self._generator.get_state(),
+            self.learner.state_dict(),
+            self.optimizer.state_dict(),
+            {"count": float(self._count), "loss": float(self._loss), "accuracy": float(self._accuracy)},
+        )
+
+    def _diverged(self, what: str) -> Diverged:
+        # A schedule of smaller steps is the cure; both rates are named since either may be at fault.
+        rates = "--meta-lr" if self.recipe.lr is None else "--lr or --meta-lr"
+        return Diverged(f"iteration {self.iteration}: {what} is NaN or infinite; try a smaller {rates}")

@@ -1,0 +1,92 @@
+"""Recipes: their defaults, and the learners and tasks they build."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metafast as mf
+from metafast.cli.defaults import Data, Learner, unfit
+from metafast.cli.recipe import SETTINGS, Recipe, Tasks, build_learner
+from tests.cli.runs import metafast
+
+CPU = torch.device("cpu")
+PAIRS = [pair for pair in itertools.product(get_args(Learner), get_args(Data)) if pair != ("protonets", "sinusoid")]
+
+
+@pytest.mark.parametrize(("learner", "data"), PAIRS)
+def test_every_pair_has_a_recipe_and_a_learner(learner: str, data: str) -> None:
+    recipe = Recipe.of(learner, data, {})
+    assert {name for name in SETTINGS if getattr(recipe, name) is None} == unfit(learner, data).keys()
+    assert Recipe.from_plain(recipe.plain()) == recipe
+    built = build_learner(recipe)
+    kinds = {"maml": mf.MAML, "fomaml": mf.MAML, "lomaml": mf.LOMAML, "protonets": mf.ProtoNets}
+    assert type(built) is kinds[learner]
+    if learner != "protonets":
+        assert (built.steps, built.first_order, built.rule.lr) == (recipe.steps, learner == "fomaml", recipe.lr)
+
+
+def test_the_sinusoid_net_is_that_of_the_paper() -> None:
+    recipe = Recipe.of("maml", "sinusoid", {})
+    shapes = [tuple(p.shape) for p in build_learner(recipe).parameters()]
+    assert shapes == [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
+    assert (recipe.tasks, recipe.shots, recipe.lr, recipe.meta_lr) == (25, 10, 0.01, 1e-3)
+
+
+def test_what_is_given_is_taken() -> None:
+    given = {"ways": 7, "shots": 2, "queries": 3, "tasks": 6, "steps": 4, "lr": 0.3, "width": 5, "seed": 8}
+    recipe = Recipe.of("maml", "glyphs", given | {"first_order": True, "batch_norm": "running", "meta_lr": 0.1})
+    assert {name: getattr(recipe, name) for name in given} == given
+    learner = build_learner(recipe)
+    assert (learner.first_order, learner.model.head.out_features) == (True, 7)
+    assert learner._task.batch_norm == "running"
+    tasks = Tasks(recipe, test=False, root=None, device=CPU)
+    episodes = tasks.sample(6, tasks.generator())
+    assert episodes.support_x.shape == (6, 14, 1, 28, 28) and episodes.query_x.shape == (6, 21, 1, 28, 28)
+
+
+def test_initial_weights_hang_on_the_seed_alone() -> None:
+    state = torch.get_rng_state()
+    one, same, other = (build_learner(Recipe.of("lomaml", "sinusoid", {"seed": seed})) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    flat = [torch.cat([p.detach().flatten() for p in learner.parameters()]) for learner in (one, same, other)]
+    assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
+
+
+def test_protonets_trains_on_more_ways_than_it_is_tested_on() -> None:
+    recipe = Recipe.of("protonets", "glyphs", {"train_ways": 12})
+    assert [Tasks(recipe, test, None, CPU).sample(1, torch.Generator()).classes for test in (False, True)] == [12, 5]
+
+
+def mini_imagenet(root: Path) -> Path:
+    for number, split in enumerate(("train", "test")):
+        for c in range(3):
+            folder = root / "miniimagenet" / split / f"n{c}"
+            folder.mkdir(parents=True)
+            for i in range(17):
+                pixels = np.random.default_rng([number, c, i]).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_training_on_mini_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ways", 2, "--width", 2, "--steps", 1, "--queries", 2, "--iterations", 2, "--eval-tasks", 2]
+    root = mini_imagenet(tmp_path / "data")
+    assert metafast("train", "maml", "--data", "miniimagenet", "--data-root", root, "--out", tmp_path, *words) == 0
+    assert "2 tasks: 2-way 1-shot miniImageNet, 15 queries a class, classes never" in capsys.readouterr().out
+    assert (tmp_path / "episode.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif("METAFAST_DATA" not in os.environ, reason="METAFAST_DATA, the folder of Omniglot's files, is unset")
+def test_training_on_omniglot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--train-ways", 6, "--width", 4, "--iterations", 2, "--eval-tasks", 2, "--out", tmp_path]
+    assert metafast("train", "protonets", "--data", "omniglot", *words) == 0
+    assert "2 tasks: 5-way 1-shot Omniglot" in capsys.readouterr().out
+    assert metafast("eval", tmp_path, "--tasks", 2) == 0

@@ -1,0 +1,351 @@
+"""`metafast bench`: timing in turns, sides that are checked before they are timed, the report, and `metafast info`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from metafast import bench, checks
+from metafast.bench import peers, report, sides, suites
+from metafast.bench.peers import compiled
+from metafast.bench.sides import Prepared, Side
+from metafast.bench.timing import MIN_ROUNDS, WARM_UP_CALLS, alternate
+from metafast.bench.workloads import WORKLOADS, Problem, Workload, build
+from metafast.cli import main
+from metafast.cli.info import facts
+
+TINY = replace(WORKLOADS["sinusoid-k1"], name="tiny", title="tiny sinusoid", tasks=3, shots=4, queries=4)
+TINY_NETS = {
+    "maml": TINY,
+    "two steps": replace(TINY, steps=2),
+    "lomaml": replace(WORKLOADS["lomaml-sinusoid"], tasks=2, shots=3, queries=3, steps=2),
+    "conv4": replace(WORKLOADS["conv4-64-k1"], tasks=2, ways=3, queries=2, width=4, image=(1, 16, 16)),
+    "omniglot_fc": replace(WORKLOADS["omniglot-fc"], tasks=2, ways=3, queries=2),
+    "protonets": replace(WORKLOADS["protonets-conv4-64"], tasks=2, ways=3, shots=2, width=4, image=(1, 16, 16)),
+}
+
+
+class FakeClock:
+    """Time passes only when a side takes some."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def side(self, name: str, seconds: float) -> Callable[[], None]:
+        def step() -> None:
+            self.log.append(name)
+            self.now += seconds
+
+        return step
+
+
+# --- timing ------------------------------------------------------------------------------------------------------
+
+
+def test_alternate_takes_turns_and_reports_seconds_a_call() -> None:
+    clock = FakeClock()
+    timings = alternate({"a": clock.side("a", 0.5), "b": clock.side("b", 2.0)}, seconds=40.0, clock=clock)
+    assert timings["a"].median == pytest.approx(0.5)
+    assert timings["b"].quartiles == pytest.approx((2.0, 2.0))
+    assert timings["a"].calls == 1
+    rounds = len(timings["a"].rounds)
+    assert len(timings["b"].rounds) == rounds >= MIN_ROUNDS
+    turns = clock.log[-2 * rounds :]
+    # Each side once in every round, and not always in the same order.
+    assert all(set(turns[i : i + 2]) == {"a", "b"} for i in range(0, len(turns), 2))
+    assert turns[:4] == ["a", "b", "b", "a"]
+    assert clock.now == pytest.approx(40.0, abs=5.0)
+
+
+def test_alternate_calls_short_sides_often_and_warms_up() -> None:
+    clock = FakeClock()
+    timings = alternate({"short": clock.side("short", 1e-3)}, seconds=1.0, clock=clock)
+    assert timings["short"].calls == 20
+    assert timings["short"].median == pytest.approx(1e-3)
+    # One untimed call leads in each round.
+    assert clock.log.count("short") == WARM_UP_CALLS + 21 * len(timings["short"].rounds)
+
+
+def test_alternate_runs_a_few_rounds_without_time() -> None:
+    clock = FakeClock()
+    assert len(alternate({"a": clock.side("a", 9.0)}, seconds=0.0, clock=clock)["a"].rounds) == MIN_ROUNDS
+
+
+def test_alternate_arguments() -> None:
+    with pytest.raises(ValueError, match="^seconds: "):
+        alternate({"a": lambda: None}, seconds=-1.0)
+    with pytest.raises(ValueError, match="^sides: "):
+        alternate({}, seconds=1.0)
+
+
+# --- workloads and sides -----------------------------------------------------------------------------------------
+
+
+def test_a_problem_is_seeded_and_its_copies_are_its_own() -> None:
+    before = torch.get_rng_state()
+    one, other = build(TINY), build(TINY)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.episodes.query_x, other.episodes.query_x)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
+    double = one.copy(torch.float64)
+    assert double.parameters()[0].dtype == double.episodes.support_y.dtype == torch.float64
+    with torch.no_grad():
+        double.parameters()[0].zero_()
+    assert bool(one.parameters()[0].any())
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_are_as_their_titles_say(name: str) -> None:
+    workload = WORKLOADS[name]
+    assert f"T={workload.tasks}" in workload.title
+    if workload.learner != "protonets":
+        assert workload.title.endswith(f"K={workload.steps}")
+    less = workload.shrunk()
+    episodes = build(less).episodes
+    assert episodes.tasks == less.tasks <= 2
+    if workload.ways:
+        assert f"{workload.ways}-way {workload.shots}-shot" in workload.title
+        assert episodes.support_x.shape[1:] == (workload.ways, *workload.image)
+    if "query images" in workload.title:
+        assert f"{workload.ways * workload.queries} query images" in workload.title
+
+
+def all_sides() -> list[Side]:
+    """Those that can run here: metafast's own, and the peers that are installed; compiling takes too long."""
+    found = {side.name: side for suite in suites.SUITES.values() for side in suite.sides}
+    return [side for side in found.values() if side.installed and side is not peers.COMPILE]
+
+
+@pytest.mark.parametrize("side", all_sides(), ids=lambda side: side.name)
+def test_sides_agree_with_the_reference(side: Side) -> None:
+    for workload in TINY_NETS.values():
+        if side.takes(workload):
+            problem = build(workload)
+            wanted = suites.reference_gradient(problem)
+            error = suites.gradient_error(side.prepare(problem.copy(torch.float64)), wanted)
+            assert error is not None
+            assert error < suites.EXACT
+
+
+def test_the_compiled_peer_is_the_same_function() -> None:
+    """By torch.compile's "eager", which traces as any other but compiles nothing."""
+    problem = build(TINY_NETS["two steps"])
+    prepared = compiled(problem.copy(torch.float64), compiler="eager")
+    assert suites.gradient_error(prepared, suites.reference_gradient(problem)) < suites.EXACT
+
+
+def test_every_suite_has_workloads_that_exist_and_metafast_itself() -> None:
+    for suite in suites.SUITES.values():
+        assert set(suite.workloads) <= set(WORKLOADS)
+        assert {sides.AUTOGRAD, sides.ACCUMULATE, sides.REFERENCE} <= set(suite.sides)
+    full = suites.SUITES["peers"].workloads
+    assert set(full) == {name for name in WORKLOADS if not name.endswith("-small")}
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def first_order(problem: Problem) -> Prepared:
+    """A side that drops the second-order term."""
+    from metafast import reference
+
+    w = problem.workload
+    return sides.by_backward(
+        problem,
+        lambda: (
+            reference.maml(problem.model, problem.episodes, lr=w.lr, steps=w.steps, loss=w.loss, first_order=True).loss
+        ),
+    )
+
+
+def breaks(problem: Problem) -> Prepared:
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def result_of(extra: Side, workload: Workload = TINY) -> dict[str, Any]:
+    suite = suites.Suite((), (sides.AUTOGRAD, sides.REFERENCE, extra))
+    (result,) = bench.run(suite, [workload], seconds=0.0)["workloads"]
+    found: dict[str, Any] = {side["side"]: side for side in result["sides"]}[extra.name]
+    return found
+
+
+def test_an_exact_side_is_called_exact_and_timed() -> None:
+    found = result_of(sides.ACCUMULATE)
+    assert found["status"] == "exact"
+    assert found["ours"]
+    assert found["error_float64"] < 1e-13
+    assert 1e-9 < found["error_float32"] < 1e-5
+    assert len(found["round_seconds"]) == MIN_ROUNDS
+    assert found["median_seconds"] == statistics.median(found["round_seconds"]) > 0
+
+
+def test_a_first_order_gradient_is_found_to_differ() -> None:
+    found = result_of(Side("cheap", first_order))
+    assert found["status"] == "differs"
+    assert found["error_float64"] > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_differs() -> None:
+    found = result_of(Side("nan", lambda problem: Prepared(lambda: None, lambda: torch.full((1761,), torch.nan))))
+    assert (found["status"], found["error_float64"]) == ("differs", None)
+
+
+def test_a_peer_that_breaks_is_reported_with_its_reason() -> None:
+    found = result_of(Side("broken", breaks))
+    assert (found["status"], found["reason"]) == ("failed", "RuntimeError: no such kernel")
+
+
+def test_metafast_itself_may_not_break() -> None:
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        result_of(Side("metafast", breaks, ours=True))
+
+
+def test_peers_that_are_missing_or_have_no_such_learner_are_named() -> None:
+    absent = Side("Nowhere", breaks, package=("nowhere", "nowhere_at_all"))
+    assert result_of(absent)["status"] == "not installed"
+    assert absent.version is None
+    assert result_of(Side("protos", breaks, ("protonets",)))["status"] == "no maml"
+
+
+# --- reporting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """A run of two small workloads, with a missing peer, one that breaks and one that differs."""
+    missing = Side("Nowhere", breaks, package=("nowhere", "nowhere_at_all"))
+    cheap = Side("cheap", first_order, ("maml",))
+    suite = suites.Suite((), (*suites.SUITES["reference"].sides[:3], missing, Side("broken", breaks), cheap))
+    torch.set_num_threads(1)
+    return bench.run(suite, [TINY, TINY_NETS["protonets"]], seconds=0.0)
+
+
+def test_the_json_file_is_the_document(document: dict[str, Any], tmp_path: Path) -> None:
+    bench.write(document, tmp_path / "deep" / "bench.json")
+    assert json.loads((tmp_path / "deep" / "bench.json").read_text()) == json.loads(json.dumps(document))
+    assert document["machine"]["cpu"]
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["machine"]["torch_threads"] == 1
+
+
+def test_the_table_has_medians_and_ratios(document: dict[str, Any]) -> None:
+    result = copy.deepcopy(document["workloads"][0])
+    medians = {"metafast": 0.002, "accumulate_grad": 0.001, "reference loop": 0.05, "cheap": 0.12345}
+    for side in report.timed(result):
+        side["median_seconds"] = medians[side["side"]]
+        side["quartile_seconds"] = [0.9 * medians[side["side"]], 1.15 * medians[side["side"]]]
+    rows = {row[0]: row for row in bench.summary(result)}
+    assert list(rows) == list(medians)
+    assert rows["reference loop"][1:5] == ("50", "25 %", "25.0x", "50.0x")
+    assert rows["cheap"][1] == "123"
+    assert rows["cheap"][-1] == "differs"
+    assert rows["metafast"][-1] == "exact"
+
+
+def test_who_did_not_run_is_said(document: dict[str, Any]) -> None:
+    maml, protonets = document["workloads"]
+    assert report.absent(maml) == ["not installed: Nowhere", "failed, RuntimeError: no such kernel: broken"]
+    assert f"no {protonets['workload']['learner']}: cheap" in report.absent(protonets)
+
+
+def test_problems_are_metafasts_own(document: dict[str, Any]) -> None:
+    assert bench.problems(document) == []
+    spoilt = copy.deepcopy(document)
+    side = spoilt["workloads"][0]["sides"][1]
+    side |= {"status": "differs", "error_float64": 0.25}
+    (line,) = bench.problems(spoilt)
+    assert line.startswith("tiny: accumulate_grad differs, relative error 2e-01 in float64")
+
+
+def test_the_plot_has_a_bar_for_each_side(document: dict[str, Any], tmp_path: Path) -> None:
+    bench.plot(document, tmp_path / "bench.png")
+    picture = matplotlib.image.imread(tmp_path / "bench.png")[..., :3]
+    blue = np.all(np.abs(picture - np.array([0x1F, 0x77, 0xB4]) / 255) < 0.02, axis=-1)
+    grey = np.all(np.abs(picture - 0x9A / 255) < 0.02, axis=-1)
+    # Down the left ends of the bars: runs of a colour are bars. Two workloads, both doors; reference twice, cheap once.
+    column = np.nonzero(blue.any(0))[0][0] + 3
+    assert (runs(blue[:, column]), runs(grey[:, column])) == (4, 3)
+
+
+def runs(line: np.ndarray[Any, Any]) -> int:
+    return int((np.diff(line.astype(int), prepend=0) == 1).sum())
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--workload", "sinusoid-k1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path / "new")]
+    assert main(["bench", *options]) == 0
+    printed = capsys.readouterr().out
+    for words in (WORKLOADS["sinusoid-k1"].title, "reference loop", "accumulate_grad", "exact", "learn2learn"):
+        assert words in printed
+    written = json.loads((tmp_path / "new" / "reference.json").read_text())
+    assert [r["workload"]["name"] for r in written["workloads"]] == ["sinusoid-k1"]
+    assert (tmp_path / "new" / "reference.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_metafast_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Side("metafast", first_order, ours=True)
+    monkeypatch.setitem(suites.SUITES, "reference", suites.Suite((), (wrong, sides.REFERENCE)))
+    assert main(["bench", "--workload", "sinusoid-k1", "--seconds", "0", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--suite", "nix"], "--suite: expected one of"),
+        (["--workload", "nix"], "--workload: expected one of"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--seconds", "nan"], "--seconds"),
+        (["--threads", "0"], "--threads"),
+    ],
+)
+def test_bad_input(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options, "--out", str(tmp_path / "never")]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--out", str(tmp_path / "file" / "under")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+# --- info --------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_is_in_force(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("METAFAST_CACHE", str(tmp_path / "cache"))
+    told = dict(facts())
+    assert told["torch"] == torch.__version__
+    assert told["cache"] == f"{tmp_path / 'cache'}, not there yet"
+    assert told["METAFAST_CACHE"] == str(tmp_path / "cache")
+    assert told["backend"].startswith(("auto", "torch", "cpu"))
+    status = checks.suite.current_backend()
+    assert told["backend"].startswith(status)
+
+
+def test_info_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    for name, _ in facts():
+        assert name in printed
