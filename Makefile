@@ -67,5 +67,21 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
+# --overwrite: a second demo replaces the first.
+DEMO := runs/demo
+demo: build
+	$(BIN)/metafast train maml --data sinusoid --out $(DEMO)/maml-sinusoid --overwrite
+	$(BIN)/metafast train maml --data glyphs --out $(DEMO)/maml-glyphs --overwrite
+	$(BIN)/metafast train lomaml --data glyphs --out $(DEMO)/lomaml-glyphs --overwrite
+	$(BIN)/metafast train protonets --data glyphs --out $(DEMO)/protonets-glyphs --overwrite
+	$(BIN)/metafast bench --out $(DEMO)/bench
+	@echo; echo "The pictures:"; ls $(DEMO)/*/*.png
+
+bench: build
+	$(BIN)/metafast bench --suite engine --out benchmarks/results
+
+peers:
+	bash benchmarks/install_peers.sh
+
 clean:
 	rm -rf build dist $(VENV) metafast/_C*.so metafast/_build_info.json

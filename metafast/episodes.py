@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -63,9 +64,10 @@ class Episodes:
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
-    # Tensors' version counters at the last check, and the classes counted then.
+    # Tensors' version counters at the last check, and what was seen then.
     _versions: tuple[int, ...] | None = field(default=None, init=False, repr=False)
     _classes: int | None = field(default=None, init=False, repr=False)
+    _signature: Hashable = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -92,8 +94,11 @@ class Episodes:
         classes = None
         if self.support_y.dtype == torch.int64:
             classes = int(max(self.support_y.max(), self.query_y.max())) + 1
-        # Frozen for its users; these two only remember what was checked.
+        sx, sy, qx, qy = self._tensors()
+        shapes = (sx.shape[1:], sy.shape[1:], qx.shape[1:], qy.shape[1:])
+        # Frozen for its users; these only remember what was checked.
         object.__setattr__(self, "_classes", classes)
+        object.__setattr__(self, "_signature", (*shapes, sx.dtype, sy.dtype, sx.device, classes))
         object.__setattr__(self, "_versions", versions)
 
     @property
@@ -102,12 +107,10 @@ class Episodes:
         return self.support_x.shape[0]
 
     @property
-    def signature(self) -> tuple[object, ...]:
+    def signature(self) -> Hashable:
         """All that decides whether a model takes the episodes, but the number of tasks and the numbers themselves."""
-        sx, sy, qx, qy = self._tensors()
-        shapes = (sx.shape[1:], sy.shape[1:], qx.shape[1:], qy.shape[1:])
-        wants_gradients = sx.requires_grad or qx.requires_grad
-        return (*shapes, sx.dtype, sy.dtype, sx.device, wants_gradients, self.classes)
+        self.validate()
+        return self._signature, self.support_x.requires_grad or self.query_x.requires_grad
 
     @property
     def classes(self) -> int | None:

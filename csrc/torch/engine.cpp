@@ -392,6 +392,8 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
   static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
                                at::TensorList params, Tensor constants, Side support, Side query,
                                Tensor gradient, Tensor weights, MetaOutcome outcome) {
+    // Outputs that nobody used have no cotangents: zeros in their place would cost a second run.
+    ctx->set_materialize_grads(false);
     ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
     variable_list saved{gradient, weights, constants, support.x, support.y, query.x, query.y};
     for (const Tensor& p : params) saved.push_back(p);
@@ -423,6 +425,7 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       const Tensor part = kept.engine->reduce(along, at::ones({along.size(0)}, along.options()));
       flat = flat.defined() ? at::add(flat, part) : part;
     }
+    if (!flat.defined()) return variable_list(1 + params.size() + kPlain);
     variable_list parts;
     int64_t at = 0;
     for (const Tensor& p : params) {

@@ -59,6 +59,9 @@ def curves(path: Path, recipe: Recipe, lines: list[Line], result: Result) -> Non
             axes.axhline(test.mean, color=ORANGE, linewidth=1.5, label=f"unseen test tasks: {test.mean:.3f}")
         if name == "accuracy":
             axes.set_ylim(top=1.0)
+        elif recipe.regression:
+            # From the error of knowing nothing to a fiftieth of it: on a linear axis all of the end is one line.
+            axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0.0)
         axes.legend(frameon=False, fontsize=9)
