@@ -6,7 +6,7 @@ from metafast.episodes import Episodes, Outcome
 from metafast.explain import explain
 from metafast.learners import LOMAML, MAML, Adapted, GradientLearner, ProtoNets, TaskLearner
 from metafast.lstm import LSTMOptimizer
-from metafast.rules import SGD, LearnedRule, UpdateRule
+from metafast.rules import SGD, LayerRates, LearnedRates, LearnedRule, Momentum, UpdateRule
 from metafast.version import __version__
 
 __all__ = [
@@ -17,7 +17,10 @@ __all__ = [
     "Episodes",
     "GradientLearner",
     "LSTMOptimizer",
+    "LayerRates",
+    "LearnedRates",
     "LearnedRule",
+    "Momentum",
     "Outcome",
     "ProtoNets",
     "TaskLearner",

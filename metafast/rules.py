@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
 
@@ -60,6 +62,96 @@ class SGD(UpdateRule):
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}"
+
+
+class Momentum(UpdateRule):
+    """Heavy ball: v' = momentum v + g,  phi' = phi - lr v', from v = 0 (Polyak 1964).
+
+    Args:
+        lr: inner learning rate, a finite number of at least 0.
+        momentum: a finite number of at least 0.
+    """
+
+    def __init__(self, lr: float, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.lr = _check.number("lr", lr, minimum=0.0)
+        self.momentum = _check.number("momentum", momentum, minimum=0.0)
+
+    def init(self, params: Tensor) -> State:
+        return (torch.zeros_like(params),)
+
+    def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
+        velocity = self.momentum * state[0] + grads
+        return inner_update(params, velocity, self.lr), (velocity,)
+
+    def extra_repr(self) -> str:
+        return f"lr={self.lr:g}, momentum={self.momentum:g}"
+
+
+class LearnedRates(UpdateRule):
+    """phi - alpha * g with a learned rate for every parameter: Meta-SGD (Li et al. 2017, arXiv:1707.09835).
+
+    Args:
+        model: the model that the rule will adapt; it decides how many rates there are, their dtype and device.
+        lr: where every rate starts, a finite number of at least 0; what is learned may become negative.
+
+    Attributes:
+        rates: (P,) the learned rates alpha, in the order of the model's parameters that require gradients.
+
+    Example:
+        >>> import metafast as mf
+        >>> model = nn.Linear(2, 1)
+        >>> learner = mf.GradientLearner(model, LearnedRates(model, lr=0.1), steps=2, loss="mse")
+        >>> learner.rule.rates.shape
+        torch.Size([3])
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        super().__init__()
+        flat = Layout.of(model).flatten(model)
+        self.rates = nn.Parameter(torch.full_like(flat.detach(), _check.number("lr", lr, minimum=0.0)))
+
+    def init(self, params: Tensor) -> State:
+        return ()
+
+    def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
+        return inner_update(params, grads, self.rates), state
+
+
+class LayerRates(UpdateRule):
+    """phi - alpha[k, l] g with a learned rate for every step k and parameter tensor l, as in MAML++.
+
+    Reference: Antoniou, Edwards & Storkey, ICLR 2019, arXiv:1810.09502.
+
+    Args:
+        model: the model that the rule will adapt.
+        steps: K, how many steps there are rates for, at least 1; a step beyond them raises a ValueError.
+        lr: where every rate starts, a finite number of at least 0.
+
+    Attributes:
+        rates: (K, L) the learned rates.
+    """
+
+    tensor_of: Tensor
+
+    def __init__(self, model: nn.Module, steps: int, lr: float) -> None:
+        super().__init__()
+        _check.integer("steps", steps, minimum=1)
+        layout = Layout.of(model)
+        first = next(iter(layout.parameters(model)))
+        start = _check.number("lr", lr, minimum=0.0)
+        self.rates = nn.Parameter(first.new_full((steps, len(layout.sizes)), start).detach())
+        number = torch.arange(len(layout.sizes), device=first.device)
+        self.register_buffer("tensor_of", number.repeat_interleave(torch.tensor(layout.sizes, device=first.device)))
+
+    def init(self, params: Tensor) -> State:
+        return (torch.zeros((), dtype=torch.int64),)
+
+    def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
+        k = int(state[0])
+        if k >= self.rates.shape[0]:
+            raise ValueError(f"steps: this rule has rates for {self.rates.shape[0]} steps, got another")
+        return inner_update(params, grads, self.rates[k][self.tensor_of]), (state[0] + 1,)
 
 
 class LearnedRule(UpdateRule):
