@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from tests.nets import NETS, build, episodes_for, gradient, relative_error
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record at the second call, so that tests need not make a dozen."""
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The torch engine, recording at the second call, so that tests need not make a dozen."""
     monkeypatch.setattr(traced, "_CALLS_BEFORE_RECORDING", 1)
+    with mf.use_backend("torch"):
+        yield
 
 
 def recordings(learner: mf.GradientLearner) -> list[object]:
