@@ -133,7 +133,7 @@ def all_sides() -> list[Side]:
 @pytest.mark.parametrize("side", all_sides(), ids=lambda side: side.name)
 def test_sides_agree_with_the_reference(side: Side) -> None:
     for workload in TINY_NETS.values():
-        if side.takes(workload):
+        if not side.obstacle(workload):
             problem = build(workload)
             wanted = suites.reference_gradient(problem)
             error = suites.gradient_error(side.prepare(problem.copy(torch.float64)), wanted)
@@ -177,7 +177,7 @@ def breaks(problem: Problem) -> Prepared:
 
 
 def result_of(extra: Side, workload: Workload = TINY) -> dict[str, Any]:
-    suite = suites.Suite((), (sides.AUTOGRAD, sides.REFERENCE, extra))
+    suite = suites.Suite("own", (), (sides.AUTOGRAD, sides.REFERENCE, extra))
     (result,) = bench.run(suite, [workload], seconds=0.0)["workloads"]
     found: dict[str, Any] = {side["side"]: side for side in result["sides"]}[extra.name]
     return found
@@ -214,11 +214,12 @@ def test_metafast_itself_may_not_break() -> None:
         result_of(Side("metafast", breaks, ours=True))
 
 
-def test_peers_that_are_missing_or_have_no_such_learner_are_named() -> None:
-    absent = Side("Nowhere", breaks, package=("nowhere", "nowhere_at_all"))
+def test_peers_that_are_missing_or_cannot_do_it_are_named() -> None:
+    absent = Side("Nowhere", breaks, package="nowhere-at-all")
     assert result_of(absent)["status"] == "not installed"
     assert absent.version is None
     assert result_of(Side("protos", breaks, ("protonets",)))["status"] == "no maml"
+    assert result_of(Side("images", breaks, nets=("conv4",)))["status"] == "not for mlp"
 
 
 # --- reporting ---------------------------------------------------------------------------------------------------
@@ -227,9 +228,9 @@ def test_peers_that_are_missing_or_have_no_such_learner_are_named() -> None:
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     """A run of two small workloads, with a missing peer, one that breaks and one that differs."""
-    missing = Side("Nowhere", breaks, package=("nowhere", "nowhere_at_all"))
+    missing = Side("Nowhere", breaks, package="nowhere-at-all")
     cheap = Side("cheap", first_order, ("maml",))
-    suite = suites.Suite((), (*suites.SUITES["reference"].sides[:3], missing, Side("broken", breaks), cheap))
+    suite = suites.Suite("own", (), (*suites.SUITES["reference"].sides[:3], missing, Side("broken", breaks), cheap))
     torch.set_num_threads(1)
     return bench.run(suite, [TINY, TINY_NETS["protonets"]], seconds=0.0)
 
@@ -240,6 +241,7 @@ def test_the_json_file_is_the_document(document: dict[str, Any], tmp_path: Path)
     assert document["machine"]["cpu"]
     assert document["machine"]["torch"] == torch.__version__
     assert document["machine"]["torch_threads"] == 1
+    assert document["settings"]["suite"] == "own"
 
 
 def test_the_table_has_medians_and_ratios(document: dict[str, Any]) -> None:
@@ -269,6 +271,16 @@ def test_problems_are_metafasts_own(document: dict[str, Any]) -> None:
     side |= {"status": "differs", "error_float64": 0.25}
     (line,) = bench.problems(spoilt)
     assert line.startswith("tiny: accumulate_grad differs, relative error 2e-01 in float64")
+
+
+def test_a_busy_machine_is_said(document: dict[str, Any]) -> None:
+    loaded = copy.deepcopy(document)
+    loaded["machine"] |= {"load_average": 1.0, "logical_cpus": 2}
+    assert report.busy(loaded) == ""
+    loaded["machine"]["load_average"] = 5.5
+    assert "load 5.5 on 2 processors" in report.busy(loaded)
+    loaded["machine"]["load_average"] = None
+    assert report.busy(loaded) == ""
 
 
 def test_the_plot_has_a_bar_for_each_side(document: dict[str, Any], tmp_path: Path) -> None:
@@ -301,7 +313,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_wrong_metafast_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Side("metafast", first_order, ours=True)
-    monkeypatch.setitem(suites.SUITES, "reference", suites.Suite((), (wrong, sides.REFERENCE)))
+    monkeypatch.setitem(suites.SUITES, "reference", suites.Suite("own", (), (wrong, sides.REFERENCE)))
     assert main(["bench", "--workload", "sinusoid-k1", "--seconds", "0", "--out", str(tmp_path)]) == 1
 
 

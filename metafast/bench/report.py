@@ -61,6 +61,15 @@ def absent(result: Document) -> list[str]:
     return [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
 
 
+def busy(document: Document) -> str:
+    """A warning where others kept the machine busy when the run began; empty where they did not."""
+    load, cpus = document["machine"]["load_average"], document["machine"]["logical_cpus"]
+    # Up to the number of processors it may have been what this user just ran, and that is over.
+    if not load or not cpus or load < 1.5 * cpus:
+        return ""
+    return f"the machine was busy with other work (load {load} on {cpus} processors): these times are not to be quoted"
+
+
 def problems(document: Document) -> list[str]:
     """What is wrong with metafast's own sides, in words; empty if all are exact."""
     return [

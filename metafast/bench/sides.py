@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import distributions
 
 import torch
 from torch import Tensor, nn
@@ -33,29 +32,36 @@ class Side:
         name: for people.
         prepare: takes a problem, of which it may change everything, and gets ready.
         learners: of "maml", "lomaml" and "protonets", those that it has.
-        package: distribution and module that it needs; None where metafast and torch suffice.
+        nets: the networks that it can do, or does in bearable time; all when empty.
+        package: distribution that it needs; None where metafast and torch suffice.
         ours: metafast itself, whose mistakes are errors; the reference loops count as the others'.
     """
 
     name: str
     prepare: Callable[[Problem], Prepared]
     learners: tuple[str, ...] = ("maml", "lomaml", "protonets")
-    package: tuple[str, str] | None = None
+    nets: tuple[str, ...] = ()
+    package: str | None = None
     ours: bool = False
 
     @property
     def installed(self) -> bool:
-        """Whether its package can be imported."""
-        return self.package is None or importlib.util.find_spec(self.package[1]) is not None
+        """Whether its package is there."""
+        return self.package is None or self.version is not None
 
     @property
     def version(self) -> str | None:
         """Version of its package; None where it has none or is not installed."""
-        return importlib.metadata.version(self.package[0]) if self.package and self.installed else None
+        found = [] if self.package is None else list(distributions(name=self.package))
+        return found[0].version if found else None
 
-    def takes(self, workload: Workload) -> bool:
-        """Whether it has the workload's learner."""
-        return workload.learner in self.learners
+    def obstacle(self, workload: Workload) -> str:
+        """Why it does not take part in a workload: a few words, none if it does."""
+        if workload.learner not in self.learners:
+            return f"no {workload.learner}"
+        if self.nets and workload.net not in self.nets:
+            return f"not for {workload.net}"
+        return "" if self.installed else "not installed"
 
 
 def by_backward(problem: Problem, loss: Callable[[], Tensor]) -> Prepared:

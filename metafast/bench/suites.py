@@ -32,6 +32,7 @@ Document = dict[str, Any]
 class Suite:
     """Who runs what: workloads by name, and sides."""
 
+    name: str
     workloads: tuple[str, ...]
     sides: tuple[Side, ...]
 
@@ -41,14 +42,15 @@ _FULL = tuple(name for name in WORKLOADS if not name.endswith("-small"))
 _DOORS = (sides.AUTOGRAD, sides.ACCUMULATE, sides.REFERENCE)
 _LOOPS = (peers.LEARN2LEARN, peers.HIGHER, peers.TORCHOPT)
 
-SUITES: dict[str, Suite] = {
+_ALL = (
     # Under a minute: small workloads, and the peers that need no compilation.
-    "reference": Suite(_SMALL, (*_DOORS, *_LOOPS)),
+    Suite("reference", _SMALL, (*_DOORS, *_LOOPS)),
     # Full sizes, metafast's backends.
-    "engine": Suite(_FULL, (*_DOORS, sides.TORCH_BACKEND)),
+    Suite("engine", _FULL, (*_DOORS, sides.TORCH_BACKEND)),
     # Full sizes, everybody.
-    "peers": Suite(_FULL, (*_DOORS, *_LOOPS, peers.COMPILE, peers.JAX)),
-}
+    Suite("peers", _FULL, (*_DOORS, *_LOOPS, peers.COMPILE, peers.JAX)),
+)
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
 
 def run(
@@ -82,6 +84,7 @@ def run(
         results.append(_workload(suite, workload, seconds, progress))
         finished(results[-1])
     settings = {
+        "suite": suite.name,
         "seconds": seconds,
         "backend": current_backend(),
         "exact_float64": EXACT,
@@ -101,11 +104,8 @@ def _workload(suite: Suite, workload: Workload, seconds: float, progress: Callab
     for side in suite.sides:
         result: Document = {"side": side.name, "ours": side.ours, "version": side.version}
         results[side.name] = result
-        if not side.takes(workload):
-            result["status"] = f"no {workload.learner}"
-            continue
-        if not side.installed:
-            result["status"] = "not installed"
+        if obstacle := side.obstacle(workload):
+            result["status"] = obstacle
             continue
         progress(f"{workload.name}: checking {side.name}")
         try:

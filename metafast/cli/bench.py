@@ -9,7 +9,7 @@ import typer
 
 from metafast import _check
 from metafast.bench import SUITES, WORKLOADS, plot, problems, run, summary, write
-from metafast.bench.report import absent
+from metafast.bench.report import absent, busy
 from metafast.cli.common import Threads, use_device
 from metafast.cli.console import bad_input, say, say_error
 from metafast.cli.tables import Notice, show
@@ -57,6 +57,8 @@ def bench(
         _print(result)
 
     document = run(chosen, [WORKLOADS[name] for name in names], seconds, notice, finished)
+    if warning := busy(document):
+        say(warning, style="yellow")
     write(document, out / f"{suite}.json")
     plot(document, out / f"{suite}.png")
     say(f"wrote {out / f'{suite}.json'} and {out / f'{suite}.png'}")

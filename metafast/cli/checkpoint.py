@@ -145,9 +145,8 @@ def restore_optimizer(path: Path, checkpoint: Checkpoint, optimizer: torch.optim
     Raises:
         ValueError: the state in the file is not of such an optimiser.
     """
-    (group,) = optimizer.param_groups
     state = checkpoint.optimizer.get("state", {})
-    shapes = {i: p.shape for i, p in enumerate(group["params"])}
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     strange = [
         f"{name} of parameter {i}"
         for i, entry in state.items()

@@ -25,10 +25,10 @@ _LEARNER: dict[tuple[str, str], Settings] = {
     ("maml", "miniimagenet"): {"lr": 0.01, "iterations": 60_000},
     # The learned optimiser starts as gradient descent at these rates.
     ("lomaml", "sinusoid"): {"lr": 0.01, "iterations": 1000},
-    ("lomaml", "glyphs"): {"lr": 0.4, "iterations": 400},
+    ("lomaml", "glyphs"): {"lr": 0.4, "iterations": 600},
     ("lomaml", "omniglot"): {"lr": 0.4, "iterations": 40_000},
     ("lomaml", "miniimagenet"): {"lr": 0.01, "iterations": 60_000},
-    ("protonets", "glyphs"): {"train_ways": 40, "queries": 3, "tasks": 1, "width": 32, "iterations": 600},
+    ("protonets", "glyphs"): {"train_ways": 40, "queries": 3, "tasks": 1, "iterations": 600},
     ("protonets", "omniglot"): {"train_ways": 60, "queries": 5, "tasks": 1, "iterations": 20_000},
     ("protonets", "miniimagenet"): {"train_ways": 30, "tasks": 1, "width": 64, "iterations": 20_000},
 }
@@ -45,7 +45,7 @@ def defaults(learner: str, data: str) -> Settings:
             "--data: protonets classifies and sinusoids have no classes; expected glyphs, omniglot or miniimagenet"
         )
     rule = "maml" if learner == "fomaml" else learner
-    chosen: Settings = {"seed": 0, "batch_norm": "batch", "first_order": learner == "fomaml"}
+    chosen: Settings = {"seed": 0, "batch_norm": "batch", "first_order": learner == "fomaml", "rule_lr": 1e-3}
     chosen |= _DATA[data] | _LEARNER[rule, data]
     return {name: value for name, value in chosen.items() if name not in unfit(learner, data)}
 
@@ -60,4 +60,6 @@ def unfit(learner: str, data: str) -> dict[str, str]:
         reasons |= dict.fromkeys(("steps", "lr", "first_order"), "ProtoNets has no inner loop")
     else:
         reasons["train_ways"] = "only ProtoNets trains on other ways than it is tested on"
+    if learner != "lomaml":
+        reasons["rule_lr"] = "only LOMAML learns its update rule"
     return reasons

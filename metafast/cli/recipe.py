@@ -50,6 +50,7 @@ class Recipe:
         lr: inner learning rate.
         first_order: whether the second-order term is dropped.
         meta_lr: Adam's learning rate.
+        rule_lr: Adam's learning rate for the weights of LOMAML's learned optimiser.
         width: units of a hidden layer, or channels of a convolution.
         batch_norm: "batch" or "running".
         seed: of the initial weights and of all tasks.
@@ -69,6 +70,7 @@ class Recipe:
     lr: float | None
     first_order: bool | None
     meta_lr: float
+    rule_lr: float | None
     width: int
     batch_norm: str | None
     seed: int
@@ -85,7 +87,7 @@ class Recipe:
             _check.integer(option(name), getattr(self, name), minimum=minima[name])
         if self.seed >= 2**62:
             raise ValueError(f"{option('seed')}: expected an int below 2**62, got {self.seed}")
-        for name in {"lr", "meta_lr"} & applies.keys():
+        for name in {"lr", "meta_lr", "rule_lr"} & applies.keys():
             _check.number(option(name), getattr(self, name), minimum=0)
         if "batch_norm" in applies:
             _check.choice(option("batch_norm"), self.batch_norm, BATCH_NORMS)
@@ -148,6 +150,17 @@ def build_learner(recipe: Recipe) -> AnyLearner:
                 model, optimizer, recipe.lr, recipe.steps, loss, first_order=first_order, batch_norm=batch_norm
             )
         return MAML(model, recipe.lr, recipe.steps, loss, first_order, batch_norm)
+
+
+def build_optimizer(recipe: Recipe, learner: AnyLearner) -> torch.optim.Adam:
+    """Adam for a learner's parameters, with a rate of its own for those of a learned update rule."""
+    if recipe.rule_lr is None or isinstance(learner, ProtoNets):
+        return torch.optim.Adam(learner.parameters(), recipe.meta_lr)
+    groups = [
+        {"params": list(learner.model.parameters()), "lr": recipe.meta_lr},
+        {"params": list(learner.rule.parameters()), "lr": recipe.rule_lr},
+    ]
+    return torch.optim.Adam(groups)
 
 
 def _build_model(recipe: Recipe) -> nn.Module:

@@ -39,6 +39,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Inner learning rate.")] = None,
     first_order: Annotated[bool, typer.Option("--first-order", help="Drop the second-order term.")] = False,
     meta_lr: Annotated[float | None, typer.Option(help="Learning rate of Adam, the outer optimiser.")] = None,
+    rule_lr: Annotated[float | None, typer.Option(help="The same for LOMAML's learned optimiser.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of Conv4, or units of a hidden layer.")] = None,
     batch_norm: Annotated[
         Literal["batch", "running"] | None, typer.Option(help="Statistics that batch norm uses.")
@@ -70,6 +71,7 @@ def train(
         "lr": lr,
         "first_order": first_order or None,
         "meta_lr": meta_lr,
+        "rule_lr": rule_lr,
         "width": width,
         "batch_norm": batch_norm,
         "seed": seed,

@@ -10,7 +10,7 @@ import torch
 
 from metafast.cli.checkpoint import Checkpoint, Schedule, restore, restore_optimizer
 from metafast.cli.metrics import Line
-from metafast.cli.recipe import AnyLearner, Recipe, Tasks, build_learner
+from metafast.cli.recipe import AnyLearner, Recipe, Tasks, build_learner, build_optimizer
 
 
 class Diverged(RuntimeError):
@@ -56,7 +56,7 @@ class Trainer:
 
     def _start(self, recipe: Recipe, tasks: Tasks, device: torch.device, learner: AnyLearner) -> None:
         self.recipe, self.device, self.learner = recipe, device, learner.to(device)
-        self.optimizer = torch.optim.Adam(self.learner.parameters(), recipe.meta_lr)
+        self.optimizer = build_optimizer(recipe, self.learner)
         self._tasks, self._generator = tasks, tasks.generator()
         self.iteration, self._seconds, self._began = 0, 0.0, time.perf_counter()
         self._count = 0

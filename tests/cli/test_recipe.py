@@ -14,7 +14,7 @@ from PIL import Image
 
 import metafast as mf
 from metafast.cli.defaults import Data, Learner, unfit
-from metafast.cli.recipe import SETTINGS, Recipe, Tasks, build_learner
+from metafast.cli.recipe import SETTINGS, Recipe, Tasks, build_learner, build_optimizer
 from tests.cli.runs import metafast
 
 CPU = torch.device("cpu")
@@ -58,6 +58,21 @@ def test_initial_weights_hang_on_the_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     flat = [torch.cat([p.detach().flatten() for p in learner.parameters()]) for learner in (one, same, other)]
     assert torch.equal(flat[0], flat[1]) and not torch.equal(flat[0], flat[2])
+
+
+def test_the_learned_optimiser_has_a_rate_of_its_own() -> None:
+    recipe = Recipe.of("lomaml", "sinusoid", {"meta_lr": 0.5, "rule_lr": 0.25})
+    learner = build_learner(recipe)
+    rates = {p: group["lr"] for group in build_optimizer(recipe, learner).param_groups for p in group["params"]}
+    assert [rates[p] for p in learner.model.parameters()] == [0.5] * 6
+    assert [rates[p] for p in learner.optimizer.parameters()] == [0.25] * 8
+    assert len(rates) == 14
+
+
+def test_fomaml_is_first_order() -> None:
+    plain = Recipe.of("fomaml", "sinusoid", {}).plain()
+    with pytest.raises(ValueError, match="^--first-order: FOMAML is first order"):
+        Recipe.from_plain(plain | {"first_order": False})
 
 
 def test_protonets_trains_on_more_ways_than_it_is_tested_on() -> None:

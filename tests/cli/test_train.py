@@ -146,6 +146,7 @@ REFUSED = {
     "steps of protonets": (["protonets", "--data", "glyphs", "--steps", "5"], "--steps: ProtoNets has no inner loop"),
     "order of protonets": (["protonets", "--data", "glyphs", "--first-order"], "--first-order: ProtoNets has no"),
     "train ways of maml": (["maml", "--data", "glyphs", "--train-ways", "9"], "--train-ways: only ProtoNets"),
+    "rule lr of maml": (["maml", "--data", "sinusoid", "--rule-lr", "1"], "--rule-lr: only LOMAML learns"),
     "one way": (["maml", "--data", "glyphs", "--ways", "1"], "--ways: expected an int of at least 2, got 1"),
     "no shots": (["maml", "--data", "sinusoid", "--shots", "0"], "--shots: expected an int of at least 1, got 0"),
     "negative steps": (["maml", "--data", "sinusoid", "--steps", "-1"], "--steps: expected an int of at least 0"),
