@@ -72,7 +72,7 @@ DEMO := runs/demo
 demo: build
 	$(BIN)/metafast train maml --data sinusoid --out $(DEMO)/maml-sinusoid --overwrite
 	$(BIN)/metafast train maml --data glyphs --out $(DEMO)/maml-glyphs --overwrite
-	$(BIN)/metafast train lomaml --data glyphs --iterations 250 --out $(DEMO)/lomaml-glyphs --overwrite
+	$(BIN)/metafast train lomaml --data glyphs --out $(DEMO)/lomaml-glyphs --overwrite
 	$(BIN)/metafast train protonets --data glyphs --out $(DEMO)/protonets-glyphs --overwrite
 	$(BIN)/metafast bench --out $(DEMO)/bench
 	@echo; echo "The pictures:"; ls $(DEMO)/*/*.png

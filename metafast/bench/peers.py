@@ -136,7 +136,7 @@ def _jax(problem: Problem) -> Prepared:
     return jax_prepared(problem, model)
 
 
-# The compilers take a quarter of an hour over a second derivative of Conv4 through five steps, and gain nothing at one.
+# torch.compile was not done with Conv4 over five steps after nine minutes, and gained nothing over one; JAX: see there.
 _DENSE = ("mlp", "omniglot_fc")
 
 LEARN2LEARN = Side("learn2learn", _learn2learn, ("maml", "protonets"), package="learn2learn")
