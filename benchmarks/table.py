@@ -1,4 +1,4 @@
-"""Prints the README's table from a result of ``metafast bench``: ``python benchmarks/table.py results/reference.json``."""
+"""Prints the README table of a result of ``metafast bench``: ``python benchmarks/table.py results/reference.json``."""
 
 from __future__ import annotations
 
