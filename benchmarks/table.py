@@ -1,4 +1,4 @@
-"""Prints the README table of a result of ``metafast bench``: ``python benchmarks/table.py results/reference.json``."""
+"""Prints README tables of results of ``metafast bench``: ``python benchmarks/table.py benchmarks/results/*.json``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from pathlib import Path
 
 
 def table(path: Path) -> str:
-    """A Markdown table, a row a workload; every number is the file's."""
+    """A Markdown table: a row a side, a column a workload, medians and how many times accumulate_grad's; the file's
+    numbers and no others."""
     document = json.loads(path.read_text())
-    machine = document["machine"]
-    lines = ["| workload | reference loop | `out.loss.backward()` | `accumulate_grad` |", "|---|---|---|---|"]
-    for result in document["workloads"]:
-        ms = {side["side"]: 1e3 * side["median_seconds"] for side in result["sides"] if side.get("median_seconds")}
-        plain = ms["reference loop"]
-        doors = (f"{ms[s]:.3g} ms ({plain / ms[s]:.3g}x)" for s in ("metafast", "accumulate_grad"))
-        lines.append(f"| {result['workload']['title']} | {plain:.3g} ms | " + " | ".join(doors) + " |")
+    machine, workloads = document["machine"], document["workloads"]
+    sides = list(dict.fromkeys(side["side"] for w in workloads for side in w["sides"]))
+    lines = ["| | " + " | ".join(w["workload"]["title"] for w in workloads) + " |", "|---" * (len(workloads) + 1) + "|"]
+    for name in sides:
+        cells = []
+        for w in workloads:
+            ms = {s["side"]: 1e3 * s["median_seconds"] for s in w["sides"] if s.get("median_seconds")}
+            cells.append(f"{ms[name]:.3g} ms ({ms[name] / ms['accumulate_grad']:.3g}x)" if name in ms else "-")
+        if set(cells) != {"-"}:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['isa']}, torch {machine['torch']}."]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    print("\n\n".join(table(Path(name)) for name in sys.argv[1:]))
