@@ -185,10 +185,16 @@ def _notes(engine: Any) -> tuple[str, ...]:
     """Further lines on a lowered network: the memory of a MAML step in float32, an example's, known beforehand."""
     samples, steps = 5, (1, 5)
     sizes = [engine.workspace(samples, samples, k)[0] / 2**20 for k in steps]
-    return (
+    notes = [
         f"workspace of a thread with {samples} + {samples} samples in float32: "
-        + ", ".join(f"{size:.2f} MiB at {k} steps" for size, k in zip(sizes, steps)),
-    )
+        + ", ".join(f"{size:.2f} MiB at {k} steps" for size, k in zip(sizes, steps))
+    ]
+    winograd = [str(fewest) if fewest else "never" for fewest in engine.winograd_from()]
+    if any(fewest != "never" for fewest in winograd):
+        notes.append(
+            "convolutions in order, by Winograd's algorithm from so many samples of a task: " + ", ".join(winograd)
+        )
+    return tuple(notes)
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:

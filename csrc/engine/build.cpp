@@ -1,6 +1,7 @@
 #include "build.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -8,7 +9,8 @@ namespace metafast {
 namespace {
 
 constexpr int kHeader = 7, kLayerInts = 16;
-constexpr int64_t kMostTaps = 169;  // cpu/layers/conv.h
+constexpr int64_t kMostTaps = 169;      // cpu/layers/conv.h
+constexpr int64_t kWinogradParts = 36;  // cpu/layers/winograd.h
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("metafast: descriptor: ") + what);
@@ -239,13 +241,41 @@ void Plan::add_parameters() {
   }
 }
 
+// Whether a convolution goes by Winograd's algorithm depends on its samples: with few, the transform of the
+// weights costs more than it saves. Counted in products of vectors; a transform takes as long as 300 of them
+// (measured with AVX-512; every instruction set decides alike).
+void Plan::decide_winograd(Layer& l) const {
+  l.winograd_from = std::numeric_limits<int64_t>::max();
+  const Value &in = values_[l.in], &out = values_[l.out];
+  if (l.kind != Kind::conv2d || l.kernel_h != 3 || l.kernel_w != 3 || l.stride_h != 1 || l.stride_w != 1)
+    return;
+  if (in.pixel % lanes_ != 0) return;  // the network's own input, as it came
+  constexpr int64_t kTransform = 300;
+  const int64_t from = in.pixel / lanes_, to = out.pixel / lanes_;
+  const int64_t direct = out.h * out.w * 9 * in.c * to;
+  const int64_t tiles = ((out.h + 3) / 4) * ((out.w + 3) / 4);
+  const int64_t saves = direct - tiles * (kWinogradParts * in.c * to + kTransform * (from + to));
+  if (saves <= 0) return;
+  l.winograd_from = kTransform * in.c * to / saves + 1;
+  // Transformed tiles of x, tx, y and ty fill most of a core's second cache.
+  constexpr int64_t kCacheBytes = 768 * 1024, kFewest = 12;
+  l.block = std::max(kFewest, kCacheBytes / (2 * kWinogradParts * (in.pixel + out.pixel) * element_));
+}
+
 // The formulas stand in the layers' files.
 void Plan::decide_saved() {
   for (Layer& l : layers_) {
     const Value &in = values_[l.in], &out = values_[l.out];
     scratch_per_call_ = std::max(scratch_per_call_, 4 * std::max(in.pixel, out.pixel));
-    if (is_conv(l.kind) && l.dx != Destination::none) {
-      l.saved_per_layer = l.kernel_h * l.kernel_w * out.c * in.pixel;
+    if (is_conv(l.kind)) {
+      const bool wants_dx = l.dx != Destination::none;
+      if (wants_dx) l.saved_per_layer = l.kernel_h * l.kernel_w * out.c * in.pixel;
+      decide_winograd(l);
+      if (l.block == 0) continue;
+      const int64_t w = in.c * out.pixel + lanes_, wt = wants_dx ? out.c * in.pixel + lanes_ : 0;
+      l.saved_per_layer = kWinogradParts * (w + wt);
+      const int64_t blocks = 2 * (l.block * (in.pixel + out.pixel) + 2 * lanes_);
+      scratch_per_call_ = std::max(scratch_per_call_, kWinogradParts * (blocks + w));
     } else if (l.kind == Kind::batch_norm) {
       l.saved_per_layer = 4 * in.pixel;
     } else if (l.kind == Kind::batch_norm_relu_pool) {

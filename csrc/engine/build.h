@@ -46,6 +46,7 @@ class Plan {
   void decide_borders();
   void decide_strides();
   void decide_destinations();
+  void decide_winograd(Layer& l) const;
   void decide_saved();
   void decide_reads();
   Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t& size) const;

@@ -81,7 +81,9 @@ struct Layer {
   double number1;              // softplus: threshold
   int64_t param, params;       // its parameters: [param, param + params) of a task's vector
   int64_t saved_per_sample, saved_per_layer;  // elements that a call may keep, see cpu/layers/call.h
-  const int64_t* reads;  // linear, conv2d: from a window's corner to tap t, channel c, at [t * C + c]
+  int64_t winograd_from;  // conv2d: the fewest samples with which it goes by cpu/layers/winograd.h,
+  int64_t block;          // in blocks of so many tiles
+  const int64_t* reads;   // linear, conv2d: from a window's corner to tap t, channel c, at [t * C + c]
 };
 
 struct Program {

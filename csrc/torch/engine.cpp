@@ -9,6 +9,10 @@
 #include <ATen/ops/ones.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +29,21 @@ using cpu::What;
 namespace {
 
 constexpr cpu::IsaTables<cpu::EngineTable> kTables = METAFAST_ISA_TABLES(cpu::kEngine);
+
+// A workspace, to be freed by std::free. On huge pages where it is large: transforms of a convolution write
+// to dozens of places at once, which are as many pages.
+void* zeros(size_t size) {
+  constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20;
+  const size_t page = size < kHugePage ? kPage : kHugePage;
+  const size_t bytes = std::max((size + page - 1) / page * page, page);
+  void* const memory = std::aligned_alloc(page, bytes);
+  TORCH_CHECK(memory != nullptr, "metafast: no memory for a workspace of ", size, " bytes");
+#ifdef __linux__
+  if (page == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: refused, it changes nothing
+#endif
+  std::memset(memory, 0, bytes);
+  return memory;
+}
 
 template <class Real>
 const cpu::EngineFunctions<Real>& functions() {
@@ -83,11 +102,7 @@ Engine::Workspaces Engine::acquire(const cpu::WorkspaceLayout& layout, int threa
   }
   found.layout = &layout;
   while (int(found.threads.size()) < threads) {
-    const size_t bytes = (size_t(layout.size * plan_.element()) + 4095) / 4096 * 4096;
-    void* memory = std::aligned_alloc(4096, bytes > 0 ? bytes : 4096);
-    TORCH_CHECK(memory != nullptr, "metafast: no memory for a workspace of ", bytes, " bytes");
-    std::memset(memory, 0, bytes);
-    found.threads.emplace_back(memory, std::free);
+    found.threads.emplace_back(zeros(size_t(layout.size * plan_.element())), std::free);
   }
   return found;
 }
@@ -530,6 +545,16 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
   const cpu::WorkspaceLayout& layout = plan_.layout(What::meta_step, true, support, query, steps);
   return {layout.size * plan_.element(), steps * plan_.program().params * plan_.element()};
+}
+
+std::vector<int64_t> Engine::winograd_from() const {
+  std::vector<int64_t> samples;
+  const Program& program = plan_.program();
+  for (int32_t i = 0; i < program.layer_count; ++i) {
+    const Layer& l = program.layers[i];
+    if (l.kind == Kind::conv2d) samples.push_back(l.block == 0 ? 0 : l.winograd_from);
+  }
+  return samples;
 }
 
 }  // namespace metafast

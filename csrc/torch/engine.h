@@ -62,6 +62,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Bytes of one thread's workspace for a meta-step, and of them the tape of inner steps' parameters.
   std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
 
+  // The fewest samples with which each convolution goes by Winograd's algorithm; 0 for those that never do.
+  std::vector<int64_t> winograd_from() const;
+
  private:
   friend struct MetaStepFunction;
 

@@ -80,5 +80,7 @@ PYBIND11_MODULE(_C, m) {
       .def("meta_step", meta<&Engine::meta_step>)
       .def("accumulate", meta<&Engine::accumulate>)
       .def("workspace", &Engine::workspace, py::arg("support"), py::arg("query"), py::arg("steps"),
-           "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.");
+           "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.")
+      .def("winograd_from", &Engine::winograd_from,
+           "The fewest samples with which each convolution goes by Winograd's algorithm, 0: never.");
 }

@@ -7,8 +7,7 @@
 //          tu = tdy - tdb / M - txhat dg / M - xhat tdg / M,  tdx = gamma r tu + (tgamma - gamma r c) r u
 // (r' = -r^2 c.) Parameters, where affine: gamma [pixel], beta [pixel]; else gamma 1, beta 0.
 // saved: mean, r, db / M, dg / M, [pixel] each; tsaved: mean tx, c. All four overwrite.
-// Variance in two passes with partial sums a row: sum x^2 - mean^2 would lose digits. Tested by
-// tests/engine/test_layers.py.
+// The variance is never sum x^2 - mean^2, which would lose digits. Tested by tests/engine/test_layers.py.
 #pragma once
 
 #include "call.h"
@@ -17,27 +16,44 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// The sums over all pixels of S quantities of each channel: f(offset in `in`, offset in `out`, sums) adds one
-// pixel's to sums[S]; the result goes to done(lane, sums).
+// Rows of pixels, one vector of channels at a time: row(lane, offset in `in`, offset in `out`, pixels), which
+// lie `in_step` and `out_step` apart. Samples of one pixel are one row.
+template <class Real, class Row>
+inline void for_each_channel_row(const Call<Real>& c, const Row& row) {
+  const Value &in = *c.in, &out = *c.out;
+  const bool features = in.h == 1 && in.w == 1;
+  const int64_t samples = features ? 1 : c.samples, pixels = features ? c.samples : in.w;
+  const int64_t in_step = features ? in.sample : in.pixel, out_step = features ? out.sample : out.pixel;
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t i = 0; i < in.h; ++i) {
+      const int64_t from = in.origin + n * in.sample + i * in.row,
+                    to = out.origin + n * out.sample + i * out.row;
+      for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>)
+        row(lane, from + lane, to + lane, pixels, in_step, out_step);
+    }
+  }
+}
+
+// The sums over all pixels of S quantities of each channel: f(offset in `in`, offset in `out`, lane, sums)
+// adds one pixel's to sums[S]; the result goes to done(lane, sums). A row's sum first, for the rounding.
+// Takes the second half of `scratch`.
 template <class Real, int S, class F, class Done>
 inline void channel_sums(const Call<Real>& c, const F& f, const Done& done) {
-  const Value &in = *c.in, &out = *c.out;
-  for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
-    Vec<Real> total[S] = {};
-    const int64_t h =
-        in.h == 1 && in.w == 1 ? c.samples : in.h;  // samples of one pixel: one column of pixels
-    const int64_t samples = in.h == 1 && in.w == 1 ? 1 : c.samples;
-    const int64_t in_row = samples == 1 && c.samples > 1 ? in.sample : in.row;
-    const int64_t out_row = samples == 1 && c.samples > 1 ? out.sample : out.row;
-    for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t i = 0; i < h; ++i) {
-        int64_t from = in.origin + n * in.sample + i * in_row + lane,
-                to = out.origin + n * out.sample + i * out_row + lane;
+  const int64_t pixel = c.in->pixel;
+  Real* const totals = c.scratch + 2 * pixel;
+  for (int64_t i = 0; i < S * pixel; ++i) totals[i] = 0;
+  for_each_channel_row(
+      c, [&](int64_t lane, int64_t from, int64_t to, int64_t pixels, int64_t in_step, int64_t out_step) {
         Vec<Real> sum[S] = {};
-        for (int64_t j = 0; j < in.w; ++j, from += in.pixel, to += out.pixel) f(from, to, lane, sum);
-        for (int s = 0; s < S; ++s) total[s] += sum[s];
-      }
-    }
+        for (int64_t j = 0; j < pixels; ++j, from += in_step, to += out_step) f(from, to, lane, sum);
+        for (int s = 0; s < S; ++s) {
+          Real* const total = totals + s * pixel + lane;
+          store(total, load(total) + sum[s]);
+        }
+      });
+  for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
+    Vec<Real> total[S];
+    for (int s = 0; s < S; ++s) total[s] = load(totals + s * pixel + lane);
     done(lane, total);
   }
 }
@@ -96,22 +112,30 @@ inline Vec<Real> inverse_root(Vec<Real> x) {
   return y;
 }
 
-// mean and r of each channel.
+// mean and r of each channel. The pixels are read from afar once: a row's mean and squared deviations while
+// it is near, which are then combined (T. Chan, G. Golub and R. LeVeque 1983).
 template <class Real>
 void batch_norm_statistics(const Call<Real>& c, const BatchNorm<Real>& bn) {
   using V = Vec<Real>;
-  channel_sums<Real, 1>(
-      c, [&](int64_t i, int64_t, int64_t, V* sum) { sum[0] += load(c.x + i); },
-      [&](int64_t lane, V* sum) { store(bn.mean + lane, sum[0] * bn.per_pixel); });
-  channel_sums<Real, 1>(
-      c,
-      [&](int64_t i, int64_t, int64_t lane, V* sum) {
-        const V centred = load(c.x + i) - load(bn.mean + lane);
-        sum[0] += centred * centred;
-      },
-      [&](int64_t lane, V* sum) {
-        store(bn.r + lane, inverse_root<Real>(sum[0] * bn.per_pixel + Real(c.layer->number)));
-      });
+  for (int64_t i = 0; i < 2 * bn.pixel; ++i) bn.mean[i] = 0;  // r follows: the sum of squares until the end
+  int64_t before = 0;
+  for_each_channel_row(c, [&](int64_t lane, int64_t from, int64_t, int64_t pixels, int64_t step, int64_t) {
+    if (lane == 0) before += pixels;
+    V sum{}, squares{};
+    for (int64_t j = 0; j < pixels; ++j) sum += load(c.x + from + j * step);
+    const V mean = sum * (Real(1) / Real(pixels));
+    for (int64_t j = 0; j < pixels; ++j) {
+      const V centred = load(c.x + from + j * step) - mean;
+      squares += centred * centred;
+    }
+    const V shift = mean - load(bn.mean + lane);
+    const Real share = Real(pixels) / Real(before);  // of the pixels so far, this row's
+    store(bn.mean + lane, load(bn.mean + lane) + share * shift);
+    store(bn.r + lane, load(bn.r + lane) + squares + (Real(before - pixels) * share) * (shift * shift));
+  });
+  for (int64_t lane = 0; lane < bn.pixel; lane += kLanes<Real>) {
+    store(bn.r + lane, inverse_root<Real>(load(bn.r + lane) * bn.per_pixel + Real(c.layer->number)));
+  }
 }
 
 // mean tx and c = mean(xhat tx) of each channel, after the statistics.

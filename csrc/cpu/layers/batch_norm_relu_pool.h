@@ -21,209 +21,246 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// Rows of pixels with one vector of channels at a time, so that what belongs to the channel stays in
-// registers. Calls row(n, i, lane) for i in 0..h-1.
-template <class Real, class Row>
-inline void for_each_channel_row(int64_t samples, int64_t h, int64_t lanes, const Row& row) {
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t i = 0; i < h; ++i) {
-      for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) row(n, i, lane);
-    }
-  }
-}
-
-template <class Real>
+// kWindow: k, or 0 where it is known at run time only.
+template <class Real, int kWindow>
 struct PooledNorm : BatchNorm<Real> {
   using V = Vec<Real>;
   const Call<Real>& c;
-  int64_t window, lanes, plane;  // k; lanes in use; elements of one pooled plane
+  int64_t lanes, plane;  // lanes in use; elements of one pooled plane
 
   explicit PooledNorm(const Call<Real>& call)
       : BatchNorm<Real>(call),
         c(call),
-        window(call.layer->kernel_h),
         lanes(lanes_of<Real>(call.in->c)),
         plane(call.samples * call.out->h * call.out->w * call.in->pixel) {}
 
-  // For output pixel (n, i, 0), lane: xhat_a, a, and after tfwd txhat_a; pixels are `pixel` apart.
-  int64_t pooled(int64_t n, int64_t i, int64_t lane) const {
-    return (n * c.out->h + i) * c.out->w * this->pixel + lane;
-  }
+  int64_t window() const { return kWindow > 0 ? kWindow : c.layer->kernel_h; }
+
+  // For each output pixel: xhat_a, a, and after tfwd txhat_a; pixels are `pixel` apart.
   Real* chosen() const { return c.saved + 4 * this->pixel; }
   Real* place() const { return chosen() + plane; }
   Real* tchosen() const { return c.tsaved + 4 * this->pixel; }
-  int64_t in_row(int64_t n, int64_t i, int64_t lane) const {
-    return c.in->origin + n * c.in->sample + i * c.in->row + lane;
-  }
-  int64_t out_row(int64_t n, int64_t i, int64_t lane) const {
-    return c.out->origin + n * c.out->sample + i * c.out->row + lane;
+
+  // Rows of output pixels with one vector of channels at a time, so that what belongs to the channel stays in
+  // registers: row(lane, offset in x of the first window, offset in y, offset in chosen).
+  template <class Row>
+  void for_each_output_row(const Row& row) const {
+    const Value &in = *c.in, &out = *c.out;
+    for (int64_t n = 0; n < c.samples; ++n) {
+      for (int64_t i = 0; i < out.h; ++i) {
+        for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) {
+          row(lane, in.origin + n * in.sample + i * window() * in.row + lane,
+              out.origin + n * out.sample + i * out.row + lane, (n * out.h + i) * out.w * this->pixel + lane);
+        }
+      }
+    }
   }
 
-  // Calls f(offset of the pixel in x, window's number in its row or -1, place in the window) along row i.
+  // Calls f(offset in x, place) for the pixels of the window whose first is at x.
   template <class F>
-  void along(int64_t n, int64_t i, int64_t lane, const F& f) const {
-    const int64_t covered = i / window < c.out->h ? c.out->w * window : 0;
-    int64_t at = in_row(n, i, lane), j = 0;
-    const int64_t first = i % window * window;
-    for (int64_t w = 0; j < covered; ++w) {
-      for (int64_t k = 0; k < window; ++k, ++j, at += this->pixel) f(at, w, Real(first + k));
+  void for_each_in_window(int64_t x, const F& f) const {
+    if constexpr (kWindow > 0) {
+#pragma GCC unroll 3
+      for (int u = 0; u < kWindow; ++u) {
+#pragma GCC unroll 3
+        for (int v = 0; v < kWindow; ++v) f(x + u * c.in->row + v * this->pixel, Real(u * kWindow + v));
+      }
+    } else {
+      for (int64_t u = 0; u < window(); ++u) {
+        for (int64_t v = 0; v < window(); ++v) f(x + u * c.in->row + v * this->pixel, Real(u * window() + v));
+      }
     }
-    for (; j < c.in->w; ++j, at += this->pixel) f(at, int64_t(-1), Real(0));
+  }
+
+  // Calls f(lane, offset in x) for the pixels that no window covers.
+  template <class F>
+  void for_each_uncovered(const F& f) const {
+    const Value &in = *c.in, &out = *c.out;
+    for (int64_t n = 0; n < c.samples; ++n) {
+      for (int64_t i = 0; i < in.h; ++i) {
+        const int64_t row = in.origin + n * in.sample + i * in.row;
+        for (int64_t j = i < out.h * window() ? out.w * window() : 0; j < in.w; ++j) {
+          for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) f(lane, row + j * this->pixel + lane);
+        }
+      }
+    }
+  }
+
+  // Two sums over the alive output pixels of each channel, a row's first; f(offset in y, offset in chosen,
+  // alive, sums) adds one pixel's. The result goes to `first` and `second`, divided by M, and undivided to
+  // the gradients of beta and gamma in dw, where that is wanted. Takes the second half of `scratch`.
+  template <class F>
+  void gradient_sums(Real* first, Real* second, Real* dw, const F& f) const {
+    const int64_t pixel = this->pixel, across = c.out->w;
+    Real* const totals = c.scratch + 2 * pixel;
+    const Real* const place = this->place();
+    for (int64_t i = 0; i < 2 * pixel; ++i) totals[i] = 0;
+    for_each_output_row([&](int64_t lane, int64_t, int64_t y, int64_t at) {
+      V sum[2] = {};
+      for (int64_t j = 0; j < across; ++j, y += pixel, at += pixel) f(y, at, load(place + at) >= V{}, sum);
+      store(totals + lane, load(totals + lane) + sum[0]);
+      store(totals + pixel + lane, load(totals + pixel + lane) + sum[1]);
+    });
+    for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
+      const V db = load(totals + lane), dg = load(totals + pixel + lane);
+      store(first + lane, db * this->per_pixel);
+      store(second + lane, dg * this->per_pixel);
+      if (dw == nullptr) continue;
+      store(dw + lane, dg);
+      store(dw + pixel + lane, db);
+    }
   }
 };
 
-template <class Real>
-void batch_norm_relu_pool_fwd(const Call<Real>& c) {
+template <class Real, int kWindow>
+void pooled_norm_fwd(const Call<Real>& c) {
   using V = Vec<Real>;
-  const PooledNorm<Real> bn(c);
-  batch_norm_statistics(c, bn);
-  const int64_t k = bn.window, pixel = bn.pixel;
-  Real *const chosen = bn.chosen(), *const place = bn.place();
-  for_each_channel_row<Real>(c.samples, c.out->h, bn.lanes, [&](int64_t n, int64_t i, int64_t lane) {
+  const PooledNorm<Real, kWindow> bn(c);
+  batch_norm_statistics<Real>(c, bn);
+  const int64_t k = bn.window(), pixel = bn.pixel, across = c.out->w;
+  Real *const chosen = bn.chosen(), *const place = bn.place(), *const y = c.y;
+  const Real* const x = c.x;
+  bn.for_each_output_row([&](int64_t lane, int64_t from, int64_t to, int64_t at) {
     const V mean = load(bn.mean + lane), r = load(bn.r + lane), gamma = bn.gamma(lane), beta = bn.beta(lane);
-    int64_t to = bn.out_row(n, i, lane), at = bn.pooled(n, i, lane);
-    for (int64_t j = 0; j < c.out->w; ++j, to += pixel, at += pixel) {
+    for (int64_t j = 0; j < across; ++j, from += k * pixel, to += pixel, at += pixel) {
       V best = splat(-Real(__builtin_inf())), best_xhat{}, best_place = splat(Real(-1));
-      for (int64_t u = 0; u < k; ++u) {
-        int64_t from = bn.in_row(n, i * k + u, lane) + j * k * pixel;
-        for (int64_t v = 0; v < k; ++v, from += pixel) {
-          const V xhat = (load(c.x + from) - mean) * r, value = gamma * xhat + beta;
-          const auto better = ~(value <= best);  // also where it is NaN, which must not be lost
-          best = select(better, value, best);
-          best_xhat = select(better, xhat, best_xhat);
-          best_place = select(better, splat(Real(u * k + v)), best_place);
-        }
-      }
+      bn.for_each_in_window(from, [&](int64_t in, Real here) {
+        const V xhat = (load(x + in) - mean) * r, value = gamma * xhat + beta;
+        const auto better = ~(value <= best);  // also where it is NaN, which must not be lost
+        best = select(better, value, best);
+        best_xhat = select(better, xhat, best_xhat);
+        best_place = select(better, splat(here), best_place);
+      });
       const auto alive = ~(best <= V{});
-      store(c.y + to, select(alive, best, V{}));
+      store(y + to, select(alive, best, V{}));
       store(chosen + at, best_xhat);
       store(place + at, select(alive, best_place, splat(Real(-1))));
     }
   });
 }
 
-template <class Real>
-void batch_norm_relu_pool_bwd(const Call<Real>& c) {
+template <class Real, int kWindow>
+void pooled_norm_bwd(const Call<Real>& c) {
   using V = Vec<Real>;
-  const PooledNorm<Real> bn(c);
-  const int64_t pixel = bn.pixel;
-  const Real *const chosen = bn.chosen(), *const place = bn.place();
-  for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
-    V db{}, dg{};
-    for (int64_t n = 0; n < c.samples; ++n) {
-      for (int64_t i = 0; i < c.out->h; ++i) {
-        V row_db{}, row_dg{};
-        int64_t from = bn.out_row(n, i, lane), at = bn.pooled(n, i, lane);
-        for (int64_t j = 0; j < c.out->w; ++j, from += pixel, at += pixel) {
-          const V dh = select(load(place + at) >= V{}, load(c.dy + from), V{});
-          row_db += dh;
-          row_dg += dh * load(chosen + at);
-        }
-        db += row_db;
-        dg += row_dg;
-      }
-    }
-    store(bn.db + lane, db * bn.per_pixel);
-    store(bn.dg + lane, dg * bn.per_pixel);
-    if (c.dw == nullptr) continue;
-    store(c.dw + lane, dg);
-    store(c.dw + pixel + lane, db);
-  }
-  if (c.dx == nullptr) return;
-  for_each_channel_row<Real>(c.samples, c.in->h, bn.lanes, [&](int64_t n, int64_t i, int64_t lane) {
+  const PooledNorm<Real, kWindow> bn(c);
+  const int64_t k = bn.window(), pixel = bn.pixel, across = c.out->w;
+  const Real *const chosen = bn.chosen(), *const place = bn.place(), *const x = c.x, *const dy = c.dy;
+  Real* const dx = c.dx;
+  bn.gradient_sums(bn.db, bn.dg, c.dw, [&](int64_t y, int64_t at, auto alive, V* sum) {
+    const V dh = select(alive, load(dy + y), V{});
+    sum[0] += dh;
+    sum[1] += dh * load(chosen + at);
+  });
+  if (dx == nullptr) return;
+  bn.for_each_output_row([&](int64_t lane, int64_t in, int64_t out, int64_t at) {
     const V mean = load(bn.mean + lane), r = load(bn.r + lane), scale = bn.gamma(lane) * r;
     const V db = load(bn.db + lane), dg = load(bn.dg + lane) * r;
-    const int64_t from = bn.out_row(n, i / bn.window, lane), at = bn.pooled(n, i / bn.window, lane);
-    bn.along(n, i, lane, [&](int64_t x, int64_t w, Real here) {
-      V u = -db - (load(c.x + x) - mean) * dg;
-      if (w >= 0)
-        u += select(load(place + at + w * pixel) == splat(here), load(c.dy + from + w * pixel), V{});
-      store(c.dx + x, scale * u);
-    });
+    for (int64_t j = 0; j < across; ++j, in += k * pixel, out += pixel, at += pixel) {
+      const V dh = load(dy + out), a = load(place + at);
+      bn.for_each_in_window(in, [&](int64_t i, Real here) {
+        const V u = select(a == splat(here), dh, V{}) - db - (load(x + i) - mean) * dg;
+        store(dx + i, scale * u);
+      });
+    }
+  });
+  bn.for_each_uncovered([&](int64_t lane, int64_t i) {
+    const V xhat = bn.xhat(load(x + i), lane), scale = bn.gamma(lane) * load(bn.r + lane);
+    store(dx + i, scale * (-load(bn.db + lane) - xhat * load(bn.dg + lane)));
   });
 }
 
-template <class Real>
-void batch_norm_relu_pool_tfwd(const Call<Real>& c) {
+template <class Real, int kWindow>
+void pooled_norm_tfwd(const Call<Real>& c) {
   using V = Vec<Real>;
-  const PooledNorm<Real> bn(c);
-  const int64_t k = bn.window, pixel = bn.pixel;
-  const Real *const chosen = bn.chosen(), *const place = bn.place();
-  Real* const tchosen = bn.tchosen();
-  const bool moves = c.tx != nullptr;
-  if (moves) batch_norm_tangent_statistics(c, bn);
-  for_each_channel_row<Real>(c.samples, c.out->h, bn.lanes, [&](int64_t n, int64_t i, int64_t lane) {
+  const PooledNorm<Real, kWindow> bn(c);
+  const int64_t k = bn.window(), pixel = bn.pixel, across = c.out->w;
+  const Real *const chosen = bn.chosen(), *const place = bn.place(), *const tx = c.tx;
+  Real *const tchosen = bn.tchosen(), *const ty = c.ty;
+  const bool moves = tx != nullptr;
+  if (moves) batch_norm_tangent_statistics<Real>(c, bn);
+  bn.for_each_output_row([&](int64_t lane, int64_t from, int64_t to, int64_t at) {
     const V gamma = bn.gamma(lane), tgamma = bn.tgamma(lane), tbeta = bn.tbeta(lane), r = load(bn.r + lane);
     const V tmean = moves ? load(bn.tmean + lane) : V{}, tc = moves ? load(bn.tc + lane) : V{};
-    int64_t to = bn.out_row(n, i, lane), at = bn.pooled(n, i, lane);
-    for (int64_t j = 0; j < c.out->w; ++j, to += pixel, at += pixel) {
+    for (int64_t j = 0; j < across; ++j, from += k * pixel, to += pixel, at += pixel) {
       const V a = load(place + at), xhat = load(chosen + at);
       V txhat{};
       if (moves) {
-        V tx{};
-        for (int64_t u = 0; u < k; ++u) {
-          int64_t from = bn.in_row(n, i * k + u, lane) + j * k * pixel;
-          for (int64_t v = 0; v < k; ++v, from += pixel)
-            tx = select(a == splat(Real(u * k + v)), load(c.tx + from), tx);
-        }
-        txhat = r * (tx - tmean - xhat * tc);
+        V taken{};
+        bn.for_each_in_window(
+            from, [&](int64_t i, Real here) { taken = select(a == splat(here), load(tx + i), taken); });
+        txhat = r * (taken - tmean - xhat * tc);
       }
       store(tchosen + at, txhat);
-      store(c.ty + to, select(a >= V{}, tgamma * xhat + gamma * txhat + tbeta, V{}));
+      store(ty + to, select(a >= V{}, tgamma * xhat + gamma * txhat + tbeta, V{}));
     }
   });
 }
 
-template <class Real>
-void batch_norm_relu_pool_tbwd(const Call<Real>& c) {
+template <class Real, int kWindow>
+void pooled_norm_tbwd(const Call<Real>& c) {
   using V = Vec<Real>;
-  const PooledNorm<Real> bn(c);
-  const int64_t pixel = bn.pixel;
+  const PooledNorm<Real, kWindow> bn(c);
+  const int64_t k = bn.window(), pixel = bn.pixel, across = c.out->w;
   const Real *const chosen = bn.chosen(), *const place = bn.place(), *const tchosen = bn.tchosen();
-  Real *const tdb_of = c.scratch, *const tdg_of = c.scratch + pixel;
-  for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
-    V tdb{}, tdg{};
-    for (int64_t n = 0; n < c.samples; ++n) {
-      for (int64_t i = 0; i < c.out->h; ++i) {
-        V row_tdb{}, row_tdg{};
-        int64_t from = bn.out_row(n, i, lane), at = bn.pooled(n, i, lane);
-        for (int64_t j = 0; j < c.out->w; ++j, from += pixel, at += pixel) {
-          const auto alive = load(place + at) >= V{};
-          const V tdh = select(alive, load(c.tdy + from), V{}), dh = select(alive, load(c.dy + from), V{});
-          row_tdb += tdh;
-          row_tdg += tdh * load(chosen + at) + dh * load(tchosen + at);
-        }
-        tdb += row_tdb;
-        tdg += row_tdg;
-      }
-    }
-    store(tdb_of + lane, tdb * bn.per_pixel);
-    store(tdg_of + lane, tdg * bn.per_pixel);
-    store(c.tdw + lane, tdg);
-    store(c.tdw + pixel + lane, tdb);
-  }
-  if (c.tdx == nullptr) return;
-  const bool moves = c.tx != nullptr;
-  for_each_channel_row<Real>(c.samples, c.in->h, bn.lanes, [&](int64_t n, int64_t i, int64_t lane) {
-    const V mean = load(bn.mean + lane), r = load(bn.r + lane), gamma = bn.gamma(lane), scale = gamma * r;
+  const Real *const x = c.x, *const tx = c.tx, *const dy = c.dy, *const tdy = c.tdy;
+  Real *const tdb_of = c.scratch, *const tdg_of = c.scratch + pixel, *const tdx = c.tdx;
+  bn.gradient_sums(tdb_of, tdg_of, c.tdw, [&](int64_t y, int64_t at, auto alive, V* sum) {
+    const V tdh = select(alive, load(tdy + y), V{}), dh = select(alive, load(dy + y), V{});
+    sum[0] += tdh;
+    sum[1] += tdh * load(chosen + at) + dh * load(tchosen + at);
+  });
+  if (tdx == nullptr) return;
+  // tdx of the pixel at i, on which dh and tdh arrive.
+  const auto put = [&](int64_t i, V dh, V tdh, V mean, V r, V scale, V tscale, V db, V dg, V tdb, V tdg,
+                       V tmean, V tc) {
+    const V xhat = (load(x + i) - mean) * r;
+    const V u = dh - db - xhat * dg;
+    V tu = tdh - tdb - xhat * tdg;
+    if (tx != nullptr) tu -= r * (load(tx + i) - tmean - xhat * tc) * dg;
+    store(tdx + i, scale * tu + tscale * u);
+  };
+  const auto with_channel = [&](int64_t lane, const auto& f) {
+    const V mean = load(bn.mean + lane), r = load(bn.r + lane), scale = bn.gamma(lane) * r;
     const V db = load(bn.db + lane), dg = load(bn.dg + lane), tdb = load(tdb_of + lane),
             tdg = load(tdg_of + lane);
-    const V tmean = moves ? load(bn.tmean + lane) : V{}, tc = moves ? load(bn.tc + lane) : V{};
+    const V tmean = tx != nullptr ? load(bn.tmean + lane) : V{},
+            tc = tx != nullptr ? load(bn.tc + lane) : V{};
     const V tscale = (bn.tgamma(lane) - scale * tc) * r;
-    const int64_t from = bn.out_row(n, i / bn.window, lane), at = bn.pooled(n, i / bn.window, lane);
-    bn.along(n, i, lane, [&](int64_t x, int64_t w, Real here) {
-      const V xhat = (load(c.x + x) - mean) * r;
-      V u = -db - xhat * dg, tu = -tdb - xhat * tdg;
-      if (moves) tu -= r * (load(c.tx + x) - tmean - xhat * tc) * dg;
-      if (w >= 0) {
-        const auto taken = load(place + at + w * pixel) == splat(here);
-        u += select(taken, load(c.dy + from + w * pixel), V{});
-        tu += select(taken, load(c.tdy + from + w * pixel), V{});
+    f([&](int64_t i, V dh, V tdh) { put(i, dh, tdh, mean, r, scale, tscale, db, dg, tdb, tdg, tmean, tc); });
+  };
+  bn.for_each_output_row([&](int64_t lane, int64_t in, int64_t out, int64_t at) {
+    with_channel(lane, [&](const auto& put_at) {
+      for (int64_t j = 0; j < across; ++j, in += k * pixel, out += pixel, at += pixel) {
+        const V dh = load(dy + out), tdh = load(tdy + out), a = load(place + at);
+        bn.for_each_in_window(in, [&](int64_t i, Real here) {
+          const auto taken = a == splat(here);
+          put_at(i, select(taken, dh, V{}), select(taken, tdh, V{}));
+        });
       }
-      store(c.tdx + x, scale * tu + tscale * u);
     });
   });
+  bn.for_each_uncovered(
+      [&](int64_t lane, int64_t i) { with_channel(lane, [&](const auto& put_at) { put_at(i, V{}, V{}); }); });
 }
+
+// One of the above for each of the common windows.
+#define METAFAST_BY_WINDOW(name)                          \
+  template <class Real>                                   \
+  void batch_norm_relu_pool_##name(const Call<Real>& c) { \
+    switch (c.layer->kernel_h) {                          \
+      case 1:                                             \
+        return pooled_norm_##name<Real, 1>(c);            \
+      case 2:                                             \
+        return pooled_norm_##name<Real, 2>(c);            \
+      default:                                            \
+        return pooled_norm_##name<Real, 0>(c);            \
+    }                                                     \
+  }
+METAFAST_BY_WINDOW(fwd)
+METAFAST_BY_WINDOW(bwd)
+METAFAST_BY_WINDOW(tfwd)
+METAFAST_BY_WINDOW(tbwd)
+#undef METAFAST_BY_WINDOW
 
 template <class Real>
 constexpr LayerFunctions<Real> kBatchNormReluPool{

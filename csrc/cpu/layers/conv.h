@@ -8,11 +8,13 @@
 //   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
 // The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
 // makes them wide enough. saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of
-// y][pixel of x], where dx is wanted. Tested by tests/engine/test_layers.py.
+// y][pixel of x], where dx is wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by
+// tests/engine/test_layers.py.
 #pragma once
 
 #include "call.h"
 #include "multiply.h"
+#include "winograd.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -97,7 +99,16 @@ void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, Re
 }
 
 template <class Real>
+void conv_bias_gradient(const Call<Real>& c, const Real* dy, Real* dw) {
+  const Layer& l = *c.layer;
+  if (!l.bias) return;
+  column_sums(conv_walk(l, *c.in, *c.out, c.samples), dy, c.out->pixel,
+              dw + l.kernel_h * l.kernel_w * c.in->c * c.out->pixel);
+}
+
+template <class Real>
 void conv_fwd(const Call<Real>& c) {
+  if (c.samples >= c.layer->winograd_from) return winograd_fwd(c);
   const Layer& l = *c.layer;
   const Value &in = *c.in, &out = *c.out;
   int64_t offset[kMostTaps];
@@ -113,12 +124,9 @@ void conv_fwd(const Call<Real>& c) {
 
 template <class Real>
 void conv_bwd(const Call<Real>& c) {
-  const Layer& l = *c.layer;
-  if (c.dw != nullptr) {
-    conv_weight_gradient(c, c.x, c.dy, c.dw, false);
-    const int64_t weights = l.kernel_h * l.kernel_w * c.in->c * c.out->pixel;
-    if (l.bias) column_sums(conv_walk(l, *c.in, *c.out, c.samples), c.dy, c.out->pixel, c.dw + weights);
-  }
+  if (c.dw != nullptr) conv_bias_gradient(c, c.dy, c.dw);
+  if (c.samples >= c.layer->winograd_from) return winograd_bwd(c);
+  if (c.dw != nullptr) conv_weight_gradient(c, c.x, c.dy, c.dw, false);
   if (c.dx == nullptr) return;
   conv_transpose_weights(c, c.w, c.saved);
   conv_input_gradient<Real>(c, c.dy, c.saved, nullptr, nullptr, c.dx);
@@ -126,6 +134,7 @@ void conv_bwd(const Call<Real>& c) {
 
 template <class Real>
 void conv_tfwd(const Call<Real>& c) {
+  if (c.samples >= c.layer->winograd_from) return winograd_tfwd(c);
   const Layer& l = *c.layer;
   const Value &in = *c.in, &out = *c.out;
   int64_t offset[2 * kMostTaps];
@@ -144,11 +153,10 @@ void conv_tfwd(const Call<Real>& c) {
 
 template <class Real>
 void conv_tbwd(const Call<Real>& c) {
-  const Layer& l = *c.layer;
+  conv_bias_gradient(c, c.tdy, c.tdw);
+  if (c.samples >= c.layer->winograd_from) return winograd_tbwd(c);
   conv_weight_gradient(c, c.x, c.tdy, c.tdw, false);
   if (c.tx != nullptr) conv_weight_gradient(c, c.tx, c.dy, c.tdw, true);
-  const int64_t weights = l.kernel_h * l.kernel_w * c.in->c * c.out->pixel;
-  if (l.bias) column_sums(conv_walk(l, *c.in, *c.out, c.samples), c.tdy, c.out->pixel, c.tdw + weights);
   if (c.tdx == nullptr) return;
   conv_transpose_weights(c, c.tw, c.tsaved);
   conv_input_gradient<Real>(c, c.tdy, c.saved, c.dy, c.tsaved, c.tdx);

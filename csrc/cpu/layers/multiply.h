@@ -286,14 +286,14 @@ struct Block;
 template <>
 struct Block<float> {
   typedef float Row __attribute__((vector_size(32)));
-  typedef float Memory __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef float Memory __attribute__((vector_size(32), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(32)));
   static constexpr int kSide = 8;
 };
 template <>
 struct Block<double> {
   typedef double Row __attribute__((vector_size(32)));
-  typedef double Memory __attribute__((vector_size(32), aligned(8), may_alias));
+  typedef double Memory __attribute__((vector_size(32), aligned(8)));
   typedef int64_t Mask __attribute__((vector_size(32)));
   static constexpr int kSide = 4;
 };

@@ -27,23 +27,24 @@ constexpr int kAccumulators = 12;
 // vectors, not 3.
 constexpr int kGrainBytes = kRegisterBytes == 64 ? 32 : kRegisterBytes;
 
+// Vectors alias their elements and nothing else (GCC; Clang has them alias all), as a row of these would.
 template <class Real>
 struct Simd;
 template <>
 struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kRegisterBytes)));
-  typedef float Unaligned __attribute__((vector_size(kRegisterBytes), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(kRegisterBytes), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(kRegisterBytes)));
   typedef float Grain __attribute__((vector_size(kGrainBytes)));
-  typedef float UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(4), may_alias));
+  typedef float UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(4)));
 };
 template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kRegisterBytes)));
-  typedef double Unaligned __attribute__((vector_size(kRegisterBytes), aligned(8), may_alias));
+  typedef double Unaligned __attribute__((vector_size(kRegisterBytes), aligned(8)));
   typedef int64_t Mask __attribute__((vector_size(kRegisterBytes)));
   typedef double Grain __attribute__((vector_size(kGrainBytes)));
-  typedef double UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(8), may_alias));
+  typedef double UnalignedGrain __attribute__((vector_size(kGrainBytes), aligned(8)));
 };
 
 template <class Real>

@@ -1,0 +1,442 @@
+// 3 x 3 convolutions of stride 1 with fewer products: Winograd's minimal filtering F(4 x 4, 3 x 3), in which
+// a tile of 4 x 4 outputs costs 36 products of channels, not 144.
+//
+//   y = A' [(G w G') . (B' x B)] A          for each tile, x being the 6 x 6 pixels that it reads
+//
+// with the polynomial's points 0, +-5/8, +-3/2 and infinity. The usual 0, +-1, +-2 need fewer operations, but
+// round twice as badly: in float32 the error is 7e-7 of the result against 14e-7, and and 3e-7 of the direct sum
+// (64 channels). Since y is linear in x and in w, so is everything else, and the other three functions are
+// transposes of the same transforms: with U = B' x B, V = A dy A', W = G w G', for each of the 36 components
+//
+//   fwd    M = U W              y = A' M A
+//   bwd    D = U' V             dw = G' D G           X = V W'             dx = sum over tiles B X B'
+//   tfwd   M = U tW + tU W      ty = A' M A
+//   tbwd   D = U' tV + tU' V    tdw = G' D G          X = tV W' + V tW'    tdx likewise
+//
+// In blocks of tiles, which stay in the cache from the transform to its inverse; nothing of the size of U is
+// kept. saved: W, [36][C of x][pixel of y] and a vector, then W' with channels transposed, [36][C of y][pixel
+// of x] and a vector (where dx is wanted); tsaved: tW and tW'. The vector keeps the components from lying a
+// power of two apart, where they would share a few sets of the cache. Layout of the blocks in `scratch`:
+// decide_saved in engine/build.cpp. Tested by tests/engine/test_winograd.py.
+//
+// S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin and S. Gray, Fast Algorithms for
+// Convolutional Neural Networks, CVPR 2016; B. Barabasz et al., Error Analysis and Improving the Accuracy of
+// Winograd Convolution for Deep Neural Networks, ACM TOMS 2020.
+#pragma once
+
+#include <algorithm>
+
+#include "call.h"
+#include "multiply.h"
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+constexpr int kWinogradTile = 4;    // outputs a side
+constexpr int kWinogradReads = 6;   // inputs a side
+constexpr int kWinogradParts = 36;  // components
+
+// The transforms along one side. Each replaces elements at p[0], p[s], p[2 s], ...
+template <class Real>
+struct Winograd {
+  using V = Vec<Real>;
+  // The points are 0, +-a, +-b, infinity.
+  static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
+  static constexpr double at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)),
+                          at_b = 1 / (2 * b2 * (b2 - a2));
+
+  static V times(double k, V x) { return Real(k) * x; }
+
+  // B': 6 to 6.
+  template <int s>
+  static void reads(V* p) {
+    const V d0 = p[0], d1 = p[s], d2 = p[2 * s], d3 = p[3 * s], d4 = p[4 * s], d5 = p[5 * s];
+    const V even_a = d4 - times(b2, d2), odd_a = d3 - times(b2, d1);
+    const V even_b = d4 - times(a2, d2), odd_b = d3 - times(a2, d1);
+    p[0] = times(a2 * b2, d0) + (d4 - times(a2 + b2, d2));
+    p[s] = even_a + times(a, odd_a);
+    p[2 * s] = even_a - times(a, odd_a);
+    p[3 * s] = even_b + times(b, odd_b);
+    p[4 * s] = even_b - times(b, odd_b);
+    p[5 * s] = times(a2 * b2, d1) + (d5 - times(a2 + b2, d3));
+  }
+  // B: its transpose.
+  template <int s>
+  static void reads_transposed(V* p) {
+    const V r0 = p[0], r5 = p[5 * s];
+    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+    p[0] = times(a2 * b2, r0);
+    p[s] = times(a2 * b2, r5) - times(a * b2, difference_a) - times(b * a2, difference_b);
+    p[2 * s] = -times(a2 + b2, r0) - times(b2, sum_a) - times(a2, sum_b);
+    p[3 * s] = times(a, difference_a) + times(b, difference_b) - times(a2 + b2, r5);
+    p[4 * s] = r0 + (sum_a + sum_b);
+    p[5 * s] = r5;
+  }
+  // A': 6 to 4.
+  template <int s>
+  static void outputs(V* p) {
+    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+    p[0] = p[0] + (sum_a + sum_b);
+    p[s] = times(a, difference_a) + times(b, difference_b);
+    p[2 * s] = times(a2, sum_a) + times(b2, sum_b);
+    p[3 * s] = p[5 * s] + (times(a2 * a, difference_a) + times(b2 * b, difference_b));
+  }
+  // A: its transpose, 4 to 6.
+  template <int s>
+  static void outputs_transposed(V* p) {
+    const V y0 = p[0], y1 = p[s], y2 = p[2 * s], y3 = p[3 * s];
+    const V even_a = y0 + times(a2, y2), odd_a = y1 + times(a2, y3);
+    const V even_b = y0 + times(b2, y2), odd_b = y1 + times(b2, y3);
+    p[s] = even_a + times(a, odd_a);
+    p[2 * s] = even_a - times(a, odd_a);
+    p[3 * s] = even_b + times(b, odd_b);
+    p[4 * s] = even_b - times(b, odd_b);
+    p[5 * s] = y3;
+  }
+  // G: 3 to 6.
+  template <int s>
+  static void weights(V* p) {
+    const V w0 = p[0], w1 = p[s], w2 = p[2 * s];
+    const V even_a = times(at_a, w0) + times(at_a * a2, w2), even_b = times(at_b, w0) + times(at_b * b2, w2);
+    p[0] = times(at_0, w0);
+    p[s] = even_a + times(at_a * a, w1);
+    p[2 * s] = even_a - times(at_a * a, w1);
+    p[3 * s] = even_b + times(at_b * b, w1);
+    p[4 * s] = even_b - times(at_b * b, w1);
+    p[5 * s] = w2;
+  }
+  // G': its transpose, 6 to 3.
+  template <int s>
+  static void weights_transposed(V* p) {
+    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+    p[0] = times(at_0, p[0]) + (times(at_a, sum_a) + times(at_b, sum_b));
+    p[s] = times(at_a * a, difference_a) + times(at_b * b, difference_b);
+    p[2 * s] = p[5 * s] + (times(at_a * a2, sum_a) + times(at_b * b2, sum_b));
+  }
+};
+
+// What a call's tiles and buffers are.
+template <class Real>
+struct WinogradCall {
+  using V = Vec<Real>;
+  const Call<Real>& c;
+  const Value &in, &out;
+  int64_t across, each, tiles;                 // tiles in a row, of a sample, of all samples
+  int64_t in_part, out_part, w_part, wt_part;  // from a component to the next: blocks of x, of y; weights
+
+  explicit WinogradCall(const Call<Real>& call)
+      : c(call),
+        in(*call.in),
+        out(*call.out),
+        across(parts_of(out.w, kWinogradTile)),
+        each(parts_of(out.h, kWinogradTile) * across),
+        tiles(each * call.samples),
+        in_part(call.layer->block * in.pixel + kPad),
+        out_part(call.layer->block * out.pixel + kPad),
+        w_part(in.c * out.pixel + kPad),
+        wt_part(out.c * in.pixel + kPad) {}
+
+  static constexpr int64_t kPad = kVectorBytes / int64_t(sizeof(Real));
+
+  // Blocks of transformed tiles: of x, tx, y (or dy), tdy; and D.
+  Real* u() const { return c.scratch; }
+  Real* tu() const { return u() + kWinogradParts * in_part; }
+  Real* v() const { return tu() + kWinogradParts * in_part; }
+  Real* tv() const { return v() + kWinogradParts * out_part; }
+  Real* d() const { return tv() + kWinogradParts * out_part; }
+  Real* w() const { return c.saved; }
+  Real* wt() const { return c.saved + kWinogradParts * w_part; }
+  Real* tw() const { return c.tsaved; }
+  Real* twt() const { return c.tsaved + kWinogradParts * w_part; }
+
+  // visit(first, count) for blocks of tiles, which are as even as can be.
+  template <class Visit>
+  void for_each_block(const Visit& visit) const {
+    const int64_t blocks = parts_of(tiles, c.layer->block);
+    for (int64_t b = 0, first = 0; b < blocks; ++b) {
+      const int count = part_size(tiles, blocks, b);
+      visit(first, count);
+      first += count;
+    }
+  }
+
+  // visit(number in the block, sample, output row, output column of its first pixel).
+  template <class Visit>
+  void for_each_tile(int64_t first, int64_t count, const Visit& visit) const {
+    int64_t n = first / each, i = first % each / across, j = first % each % across;
+    for (int64_t t = 0; t < count; ++t) {
+      visit(t, n, i * kWinogradTile, j * kWinogradTile);
+      if (++j < across) continue;
+      j = 0;
+      if (++i * kWinogradTile < out.h) continue;
+      i = 0;
+      ++n;
+    }
+  }
+
+  // u = B' x B of the block's tiles. What lies beyond x's border is zero.
+  void transform_reads(int64_t first, int64_t count, const Real* x, Real* u) const {
+    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+      const int64_t row = i - c.layer->pad_h, column = j - c.layer->pad_w;
+      const Real* from = x + in.origin + n * in.sample + row * in.row + column * in.pixel;
+      const int64_t h = std::min<int64_t>(kWinogradReads, in.h + in.border - row),
+                    w = std::min<int64_t>(kWinogradReads, in.w + in.border - column);
+      for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
+        Real* const to = u + t * in.pixel + lane;
+        if (h == kWinogradReads && w == kWinogradReads) {
+          transform_reads_of(from + lane, to, [](int64_t, int64_t) { return true; });
+        } else {
+          transform_reads_of(from + lane, to, [&](int64_t y, int64_t x) { return y < h && x < w; });
+        }
+      }
+    });
+  }
+
+  // v = A dy A' of the block's tiles. What lies beyond y's edges is zero.
+  void transform_adjoints(int64_t first, int64_t count, const Real* dy, Real* v) const {
+    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+      const Real* from = dy + out.origin + n * out.sample + i * out.row + j * out.pixel;
+      const int64_t h = std::min<int64_t>(kWinogradTile, out.h - i),
+                    w = std::min<int64_t>(kWinogradTile, out.w - j);
+      for (int64_t lane = 0; lane < out.pixel; lane += kLanes<Real>) {
+        V p[kWinogradParts];
+#pragma GCC unroll 6
+        for (int x = 0; x < kWinogradTile; ++x) {
+#pragma GCC unroll 6
+          for (int y = 0; y < kWinogradTile; ++y) {
+            p[y * 6 + x] = y < h && x < w ? load(from + y * out.row + x * out.pixel + lane) : V{};
+          }
+          Winograd<Real>::template outputs_transposed<6>(p + x);
+        }
+#pragma GCC unroll 6
+        for (int y = 0; y < 6; ++y) {
+          Winograd<Real>::template outputs_transposed<1>(p + y * 6);
+#pragma GCC unroll 6
+          for (int x = 0; x < 6; ++x) store(v + (y * 6 + x) * out_part + t * out.pixel + lane, p[y * 6 + x]);
+        }
+      }
+    });
+  }
+
+  // y = bias + A' m A.
+  void inverse_outputs(int64_t first, int64_t count, const Real* m, const Real* bias, Real* to) const {
+    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+      Real* const y0 = to + out.origin + n * out.sample + i * out.row + j * out.pixel;
+      const int64_t h = std::min<int64_t>(kWinogradTile, out.h - i),
+                    w = std::min<int64_t>(kWinogradTile, out.w - j);
+      for (int64_t lane = 0; lane < out.pixel; lane += kLanes<Real>) {
+        const V shift = bias == nullptr ? V{} : load(bias + lane);
+        V p[kWinogradParts];
+#pragma GCC unroll 6
+        for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 6
+          for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(m + (y * 6 + x) * out_part + t * out.pixel + lane);
+          Winograd<Real>::template outputs<6>(p + x);
+        }
+#pragma GCC unroll 6
+        for (int y = 0; y < kWinogradTile; ++y) {
+          Winograd<Real>::template outputs<1>(p + y * 6);
+#pragma GCC unroll 6
+          for (int x = 0; x < kWinogradTile; ++x) {
+            if (y < h && x < w) store(y0 + y * out.row + x * out.pixel + lane, p[y * 6 + x] + shift);
+          }
+        }
+      }
+    });
+  }
+
+  // dx += B m B', where tiles overlap; a sample begins as zeros.
+  void inverse_reads(int64_t first, int64_t count, const Real* m, Real* dx) const {
+    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+      const int64_t row = i - c.layer->pad_h, column = j - c.layer->pad_w;
+      Real* const sample = dx + in.origin + n * in.sample;
+      if (i == 0 && j == 0) {
+        for (int64_t y = 0; y < in.h; ++y) std::fill_n(sample + y * in.row, in.w * in.pixel, Real(0));
+      }
+      Real* const to = sample + row * in.row + column * in.pixel;
+      for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
+        V p[kWinogradParts];
+#pragma GCC unroll 6
+        for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 6
+          for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(m + (y * 6 + x) * in_part + t * in.pixel + lane);
+          Winograd<Real>::template reads_transposed<6>(p + x);
+        }
+#pragma GCC unroll 6
+        for (int y = 0; y < 6; ++y) {
+          Winograd<Real>::template reads_transposed<1>(p + y * 6);
+#pragma GCC unroll 6
+          for (int x = 0; x < 6; ++x) {
+            const bool inside = row + y >= 0 && row + y < in.h && column + x >= 0 && column + x < in.w;
+            Real* const at = to + y * in.row + x * in.pixel + lane;
+            if (inside) store(at, load(at) + p[y * 6 + x]);
+          }
+        }
+      }
+    });
+  }
+
+  // W = G w G'.
+  void transform_weights(const Real* weights, Real* to) const {
+    const int64_t tap = in.c * out.pixel;
+    for (int64_t at = 0; at < tap; at += kLanes<Real>) {
+      V p[kWinogradParts];
+#pragma GCC unroll 6
+      for (int x = 0; x < 3; ++x) {
+#pragma GCC unroll 6
+        for (int y = 0; y < 3; ++y) p[y * 6 + x] = load(weights + (y * 3 + x) * tap + at);
+        Winograd<Real>::template weights<6>(p + x);
+      }
+#pragma GCC unroll 6
+      for (int y = 0; y < 6; ++y) {
+        Winograd<Real>::template weights<1>(p + y * 6);
+#pragma GCC unroll 6
+        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * w_part + at, p[y * 6 + x]);
+      }
+    }
+  }
+
+  // dw = G' d G.
+  void inverse_weights(const Real* d, Real* dw) const {
+    const int64_t tap = in.c * out.pixel;
+    for (int64_t at = 0; at < tap; at += kLanes<Real>) {
+      V p[kWinogradParts];
+#pragma GCC unroll 6
+      for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 6
+        for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(d + (y * 6 + x) * w_part + at);
+        Winograd<Real>::template weights_transposed<6>(p + x);
+      }
+#pragma GCC unroll 6
+      for (int y = 0; y < 3; ++y) {
+        Winograd<Real>::template weights_transposed<1>(p + y * 6);
+#pragma GCC unroll 6
+        for (int x = 0; x < 3; ++x) store(dw + (y * 3 + x) * tap + at, p[y * 6 + x]);
+      }
+    }
+  }
+
+  void transpose_weights(const Real* w, Real* wt) const {
+    for (int part = 0; part < kWinogradParts; ++part) {
+      transpose(w + part * w_part, in.c, out.c, out.pixel, wt + part * wt_part, in.pixel);
+    }
+  }
+
+  // m = u w, and with a second pair + u1 w1, for each component; rows of `from` elements and columns of `to`.
+  void products(int64_t count, const Real* u, const Real* w, const Real* u1, const Real* w1, int64_t from_c,
+                int64_t from, int64_t from_part, int64_t weights_part, int64_t to, int64_t to_part,
+                Real* m) const {
+    const Walk walk{1, 1, count, 0, 0, 0, from, 0, 0, 0, to};
+    for (int part = 0; part < kWinogradParts; ++part) {
+      const int64_t offset[2] = {0, u1 == nullptr ? 0 : u1 - u};
+      const Real* const b[2] = {w + part * weights_part, u1 == nullptr ? nullptr : w1 + part * weights_part};
+      multiply(walk, u + part * from_part, Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to}, to,
+               static_cast<const Real*>(nullptr), m + part * to_part);
+    }
+  }
+  void forward_products(int64_t count, const Real* u, const Real* w, const Real* u1, const Real* w1,
+                        Real* m) const {
+    products(count, u, w, u1, w1, in.c, in.pixel, in_part, w_part, out.pixel, out_part, m);
+  }
+  void backward_products(int64_t count, const Real* v, const Real* wt, const Real* v1, const Real* wt1,
+                         Real* m) const {
+    products(count, v, wt, v1, wt1, out.c, out.pixel, out_part, wt_part, in.pixel, in_part, m);
+  }
+  // d = u' v, added to where `add`.
+  void weight_products(int64_t count, const Real* u, const Real* v, bool add) const {
+    const Walk walk{1, 1, count, 0, 0, 0, in.pixel, 0, 0, 0, out.pixel};
+    for (int part = 0; part < kWinogradParts; ++part) {
+      // The first of the layer's reads are the channels of one tap: 0, 1, 2, ...
+      outer(walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part, out.pixel,
+            d() + part * w_part, out.pixel, add);
+    }
+  }
+
+ private:
+  template <class Inside>
+  void transform_reads_of(const Real* from, Real* to, const Inside& inside) const {
+    V p[kWinogradParts];
+#pragma GCC unroll 6
+    for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 6
+      for (int y = 0; y < 6; ++y) p[y * 6 + x] = inside(y, x) ? load(from + y * in.row + x * in.pixel) : V{};
+      Winograd<Real>::template reads<6>(p + x);
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < 6; ++y) {
+      Winograd<Real>::template reads<1>(p + y * 6);
+#pragma GCC unroll 6
+      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * in_part, p[y * 6 + x]);
+    }
+  }
+};
+
+template <class Real>
+void winograd_fwd(const Call<Real>& c) {
+  const WinogradCall<Real> call(c);
+  const Real* const bias = c.layer->bias ? c.w + 9 * c.in->c * c.out->pixel : nullptr;
+  call.transform_weights(c.w, call.w());
+  call.for_each_block([&](int64_t first, int64_t count) {
+    call.transform_reads(first, count, c.x, call.u());
+    call.forward_products(count, call.u(), call.w(), nullptr, nullptr, call.v());
+    call.inverse_outputs(first, count, call.v(), bias, c.y);
+  });
+}
+
+template <class Real>
+void winograd_bwd(const Call<Real>& c) {
+  const WinogradCall<Real> call(c);
+  if (c.dx != nullptr) call.transpose_weights(call.w(), call.wt());
+  call.for_each_block([&](int64_t first, int64_t count) {
+    call.transform_adjoints(first, count, c.dy, call.v());
+    if (c.dw != nullptr) {
+      call.transform_reads(first, count, c.x, call.u());
+      call.weight_products(count, call.u(), call.v(), first > 0);
+    }
+    if (c.dx == nullptr) return;
+    call.backward_products(count, call.v(), call.wt(), nullptr, nullptr, call.u());
+    call.inverse_reads(first, count, call.u(), c.dx);
+  });
+  if (c.dw != nullptr) call.inverse_weights(call.d(), c.dw);
+}
+
+template <class Real>
+void winograd_tfwd(const Call<Real>& c) {
+  const WinogradCall<Real> call(c);
+  const Real* const bias = c.layer->bias ? c.tw + 9 * c.in->c * c.out->pixel : nullptr;
+  const bool moves = c.tx != nullptr;
+  call.transform_weights(c.tw, call.tw());
+  call.for_each_block([&](int64_t first, int64_t count) {
+    call.transform_reads(first, count, c.x, call.u());
+    if (moves) call.transform_reads(first, count, c.tx, call.tu());
+    call.forward_products(count, call.u(), call.tw(), moves ? call.tu() : nullptr, call.w(), call.v());
+    call.inverse_outputs(first, count, call.v(), bias, c.ty);
+  });
+}
+
+template <class Real>
+void winograd_tbwd(const Call<Real>& c) {
+  const WinogradCall<Real> call(c);
+  const bool moves = c.tx != nullptr, wants = c.tdx != nullptr;
+  if (wants) call.transpose_weights(call.tw(), call.twt());
+  call.for_each_block([&](int64_t first, int64_t count) {
+    call.transform_reads(first, count, c.x, call.u());
+    call.transform_adjoints(first, count, c.tdy, call.tv());
+    call.weight_products(count, call.u(), call.tv(), first > 0);
+    if (moves || wants) call.transform_adjoints(first, count, c.dy, call.v());
+    if (moves) {
+      call.transform_reads(first, count, c.tx, call.tu());
+      call.weight_products(count, call.tu(), call.v(), true);
+    }
+    if (!wants) return;
+    call.backward_products(count, call.tv(), call.wt(), call.v(), call.twt(), call.u());
+    call.inverse_reads(first, count, call.u(), c.tdx);
+  });
+  call.inverse_weights(call.d(), c.tdw);
+}
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu
