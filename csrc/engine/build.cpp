@@ -100,18 +100,20 @@ void Plan::add_layer(const int64_t* d, double number, double number1) {
   values_.push_back(out);
 }
 
+// The one layer that reads a value, or the number of layers where there are more or fewer.
+size_t Plan::only_reader(int32_t value) const {
+  size_t reader = layers_.size();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (layers_[i].in != value && layers_[i].in1 != value) continue;
+    if (reader != layers_.size() || layers_[i].in == layers_[i].in1) return layers_.size();
+    reader = i;
+  }
+  return reader;
+}
+
 // Puts batch_norm_relu_pool in the place of batch_norm, relu and a max_pool without overlap or padding, where
 // nothing else reads the values between them.
 void Plan::fuse() {
-  const auto only_reader = [&](int32_t value) -> size_t {
-    size_t reader = layers_.size();
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      if (layers_[i].in != value && layers_[i].in1 != value) continue;
-      if (reader != layers_.size() || layers_[i].in == layers_[i].in1) return layers_.size();
-      reader = i;
-    }
-    return reader;
-  };
   std::vector<bool> gone(layers_.size(), false);
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& norm = layers_[i];
@@ -133,6 +135,12 @@ void Plan::fuse() {
     norm.out = p.out;
     norm.kernel_h = norm.kernel_w = k;
     gone[pool] = true;
+  }
+  for (Layer& l : layers_) {
+    const size_t reader = only_reader(l.out);
+    l.bias_cancels =
+        is_conv(l.kind) && reader != layers_.size() &&
+        (layers_[reader].kind == Kind::batch_norm || layers_[reader].kind == Kind::batch_norm_relu_pool);
   }
   size_t kept = 0;
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -275,7 +283,8 @@ void Plan::decide_saved() {
       const int64_t w = in.c * out.pixel + lanes_, wt = wants_dx ? out.c * in.pixel + lanes_ : 0;
       l.saved_per_layer = kWinogradParts * (w + wt);
       const int64_t blocks = 2 * (l.block * (in.pixel + out.pixel) + 2 * lanes_);
-      scratch_per_call_ = std::max(scratch_per_call_, kWinogradParts * (blocks + w));
+      const int64_t d = std::max(kWinogradParts * w, 9 * out.c * in.pixel);
+      scratch_per_call_ = std::max(scratch_per_call_, kWinogradParts * blocks + d);
     } else if (l.kind == Kind::batch_norm) {
       l.saved_per_layer = 4 * in.pixel;
     } else if (l.kind == Kind::batch_norm_relu_pool) {

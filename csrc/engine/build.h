@@ -41,6 +41,7 @@ class Plan {
   using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t>;
 
   void add_layer(const int64_t* d, double number, double number1);
+  size_t only_reader(int32_t value) const;
   void fuse();
   void add_parameters();
   void decide_borders();

@@ -75,11 +75,12 @@ struct Layer {
   int64_t pad_h, pad_w;        // conv2d, pools
   int64_t groups;              // group_norm
   int32_t bias;                // linear, conv2d: has one; norms: is affine; avg_pool: count_include_pad
-  int32_t live;                // it or something before it has parameters: its output has tangent and adjoint
-  Destination dx, dx1;         // of in and in1
-  double number;               // norms: eps; leaky_relu: slope; elu: alpha; softplus: beta
-  double number1;              // softplus: threshold
-  int64_t param, params;       // its parameters: [param, param + params) of a task's vector
+  int32_t bias_cancels;   // linear, conv2d: only a batch_norm reads y, so that the loss does not move with b
+  int32_t live;           // it or something before it has parameters: its output has tangent and adjoint
+  Destination dx, dx1;    // of in and in1
+  double number;          // norms: eps; leaky_relu: slope; elu: alpha; softplus: beta
+  double number1;         // softplus: threshold
+  int64_t param, params;  // its parameters: [param, param + params) of a task's vector
   int64_t saved_per_sample, saved_per_layer;  // elements that a call may keep, see cpu/layers/call.h
   int64_t winograd_from;  // conv2d: the fewest samples with which it goes by cpu/layers/winograd.h,
   int64_t block;          // in blocks of so many tiles

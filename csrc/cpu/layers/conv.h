@@ -6,6 +6,7 @@
 //   fwd    y            bwd   dw (db) from x and dy; dx from dy and w
 //   tfwd   ty = x*tw + tx*w + tb
 //   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
+// Where only a batch normalisation reads y, which takes out what b adds, db = tdb = 0.
 // The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
 // makes them wide enough. saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of
 // y][pixel of x], where dx is wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by
@@ -35,15 +36,6 @@ inline Walk conv_walk(const Layer& l, const Value& in, const Value& out, int64_t
           out.sample,
           out.row,
           out.pixel};
-}
-
-template <class Real>
-void conv_transpose_weights(const Call<Real>& c, const Real* w, Real* transposed) {
-  const int64_t taps = c.layer->kernel_h * c.layer->kernel_w, block = c.in->c * c.out->pixel;
-  for (int64_t t = 0; t < taps; ++t) {
-    transpose(w + t * block, c.in->c, c.out->c, c.out->pixel, transposed + t * c.out->c * c.in->pixel,
-              c.in->pixel);
-  }
 }
 
 // dx = w^T * dy, and with a second pair (dy1, wt1) the sum of both.
@@ -102,8 +94,12 @@ template <class Real>
 void conv_bias_gradient(const Call<Real>& c, const Real* dy, Real* dw) {
   const Layer& l = *c.layer;
   if (!l.bias) return;
-  column_sums(conv_walk(l, *c.in, *c.out, c.samples), dy, c.out->pixel,
-              dw + l.kernel_h * l.kernel_w * c.in->c * c.out->pixel);
+  Real* const db = dw + l.kernel_h * l.kernel_w * c.in->c * c.out->pixel;
+  if (l.bias_cancels) {
+    std::fill_n(db, c.out->pixel, Real(0));
+  } else {
+    column_sums(conv_walk(l, *c.in, *c.out, c.samples), dy, c.out->pixel, db);
+  }
 }
 
 template <class Real>
@@ -128,7 +124,7 @@ void conv_bwd(const Call<Real>& c) {
   if (c.samples >= c.layer->winograd_from) return winograd_bwd(c);
   if (c.dw != nullptr) conv_weight_gradient(c, c.x, c.dy, c.dw, false);
   if (c.dx == nullptr) return;
-  conv_transpose_weights(c, c.w, c.saved);
+  transpose_taps(c, c.w, c.saved);
   conv_input_gradient<Real>(c, c.dy, c.saved, nullptr, nullptr, c.dx);
 }
 
@@ -158,7 +154,7 @@ void conv_tbwd(const Call<Real>& c) {
   conv_weight_gradient(c, c.x, c.tdy, c.tdw, false);
   if (c.tx != nullptr) conv_weight_gradient(c, c.tx, c.dy, c.tdw, true);
   if (c.tdx == nullptr) return;
-  conv_transpose_weights(c, c.tw, c.tsaved);
+  transpose_taps(c, c.tw, c.tsaved);
   conv_input_gradient<Real>(c, c.tdy, c.saved, c.dy, c.tsaved, c.tdx);
 }
 

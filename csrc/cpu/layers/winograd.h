@@ -4,7 +4,7 @@
 //   y = A' [(G w G') . (B' x B)] A          for each tile, x being the 6 x 6 pixels that it reads
 //
 // with the polynomial's points 0, +-5/8, +-3/2 and infinity. The usual 0, +-1, +-2 need fewer operations, but
-// round twice as badly: in float32 the error is 7e-7 of the result against 14e-7, and and 3e-7 of the direct sum
+// round twice as badly: in float32 the error is 7e-7 of the result against 14e-7, and 3e-7 of the direct sum
 // (64 channels). Since y is linear in x and in w, so is everything else, and the other three functions are
 // transposes of the same transforms: with U = B' x B, V = A dy A', W = G w G', for each of the 36 components
 //
@@ -117,6 +117,16 @@ struct Winograd {
     p[2 * s] = p[5 * s] + (times(at_a * a2, sum_a) + times(at_b * b2, sum_b));
   }
 };
+
+// transposed [tap][C of y][pixel of x] = w [tap][C of x][pixel of y], channels exchanged.
+template <class Real>
+void transpose_taps(const Call<Real>& c, const Real* w, Real* transposed) {
+  const int64_t taps = c.layer->kernel_h * c.layer->kernel_w, block = c.in->c * c.out->pixel;
+  for (int64_t t = 0; t < taps; ++t) {
+    transpose(w + t * block, c.in->c, c.out->c, c.out->pixel, transposed + t * c.out->c * c.in->pixel,
+              c.in->pixel);
+  }
+}
 
 // What a call's tiles and buffers are.
 template <class Real>
@@ -279,24 +289,31 @@ struct WinogradCall {
     });
   }
 
-  // W = G w G'.
-  void transform_weights(const Real* weights, Real* to) const {
-    const int64_t tap = in.c * out.pixel;
+  // W = G w G', of taps of so many elements, into components so far apart.
+  void transform_taps(const Real* taps, int64_t tap, int64_t part, Real* to) const {
     for (int64_t at = 0; at < tap; at += kLanes<Real>) {
       V p[kWinogradParts];
 #pragma GCC unroll 6
       for (int x = 0; x < 3; ++x) {
 #pragma GCC unroll 6
-        for (int y = 0; y < 3; ++y) p[y * 6 + x] = load(weights + (y * 3 + x) * tap + at);
+        for (int y = 0; y < 3; ++y) p[y * 6 + x] = load(taps + (y * 3 + x) * tap + at);
         Winograd<Real>::template weights<6>(p + x);
       }
 #pragma GCC unroll 6
       for (int y = 0; y < 6; ++y) {
         Winograd<Real>::template weights<1>(p + y * 6);
 #pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * w_part + at, p[y * 6 + x]);
+        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * part + at, p[y * 6 + x]);
       }
     }
+  }
+  void transform_weights(const Real* weights, Real* to) const {
+    transform_taps(weights, in.c * out.pixel, w_part, to);
+  }
+  // The same with channels transposed; by way of d, as nine transposes are fewer than 36.
+  void transform_transposed_weights(const Real* weights, Real* to) const {
+    transpose_taps(c, weights, d());
+    transform_taps(d(), out.c * in.pixel, wt_part, to);
   }
 
   // dw = G' d G.
@@ -316,12 +333,6 @@ struct WinogradCall {
 #pragma GCC unroll 6
         for (int x = 0; x < 3; ++x) store(dw + (y * 3 + x) * tap + at, p[y * 6 + x]);
       }
-    }
-  }
-
-  void transpose_weights(const Real* w, Real* wt) const {
-    for (int part = 0; part < kWinogradParts; ++part) {
-      transpose(w + part * w_part, in.c, out.c, out.pixel, wt + part * wt_part, in.pixel);
     }
   }
 
@@ -389,7 +400,7 @@ void winograd_fwd(const Call<Real>& c) {
 template <class Real>
 void winograd_bwd(const Call<Real>& c) {
   const WinogradCall<Real> call(c);
-  if (c.dx != nullptr) call.transpose_weights(call.w(), call.wt());
+  if (c.dx != nullptr) call.transform_transposed_weights(c.w, call.wt());
   call.for_each_block([&](int64_t first, int64_t count) {
     call.transform_adjoints(first, count, c.dy, call.v());
     if (c.dw != nullptr) {
@@ -421,7 +432,7 @@ template <class Real>
 void winograd_tbwd(const Call<Real>& c) {
   const WinogradCall<Real> call(c);
   const bool moves = c.tx != nullptr, wants = c.tdx != nullptr;
-  if (wants) call.transpose_weights(call.tw(), call.twt());
+  if (wants) call.transform_transposed_weights(c.tw, call.twt());
   call.for_each_block([&](int64_t first, int64_t count) {
     call.transform_reads(first, count, c.x, call.u());
     call.transform_adjoints(first, count, c.tdy, call.tv());
