@@ -20,6 +20,7 @@ struct WorkspaceLayout {
   Pass support, query;
   int64_t w, direction, product;  // (params,) each; w holds a task's own parameters, in a meta-step lam
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
+  int64_t kept;  // from one inner step's values, adjoints and saved to the next's; 0: all use the same
   int64_t size;
 };
 

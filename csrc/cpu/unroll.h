@@ -5,7 +5,8 @@
 //
 // A Hessian-vector product is forward, backward, forward tangent, backward tangent at phi_k. The activations
 // of the last inner step are still there when the recursion begins; those of the others are computed again
-// from phi_k, so memory does not grow with the steps but by the parameters themselves. Compiled once per
+// from phi_k, so memory does not grow with the steps but by the parameters themselves - unless those of all
+// steps fit in a core's cache, when they are kept (engine/build.cpp decides). Compiled once per
 // instruction set; calls nothing outside of it, allocates nothing, starts no thread. Tested by tests/engine/.
 #pragma once
 
@@ -19,6 +20,7 @@
 #include "layers/flatten.h"
 #include "layers/group_norm.h"
 #include "layers/layer_norm.h"
+#include "layers/linear_narrow.h"
 #include "layers/loss.h"
 #include "layers/max_pool.h"
 
@@ -65,6 +67,8 @@ inline const LayerFunctions<Real>& functions_of(Kind kind) {
       return kAdd<Real>;
     case Kind::batch_norm_relu_pool:
       return kBatchNormReluPool<Real>;
+    case Kind::linear_narrow:
+      return kLinearNarrow<Real>;
   }
   __builtin_unreachable();
 }
@@ -75,12 +79,14 @@ struct Network {
   const Program& program;
   const Pass& pass;
   Real* workspace;
+  Real* kept;  // where what a Hessian-vector product needs from forward and backward lies, as workspace
   const Real* input;  // value 0
   const Real* w;      // (params,)
 
   Real* at(int64_t offset) const { return offset < 0 ? nullptr : workspace + offset; }
-  const Real* value(int32_t v) const { return v == 0 ? input : workspace + pass.value[v]; }
-  Real* adjoint(int32_t v) const { return at(pass.adjoint[v]); }
+  Real* kept_at(int64_t offset) const { return offset < 0 ? nullptr : kept + offset; }
+  const Real* value(int32_t v) const { return v == 0 ? input : kept + pass.value[v]; }
+  Real* adjoint(int32_t v) const { return kept_at(pass.adjoint[v]); }
   Real* tangent(int32_t v) const { return at(pass.tangent[v]); }
   Real* tadjoint(int32_t v) const { return at(pass.tadjoint[v]); }
   int32_t last() const { return program.value_count - 1; }
@@ -124,11 +130,11 @@ struct Network {
       c.x1 = value(l.in1);
       c.tx1 = l.in1 == 0 ? nullptr : tangent(l.in1);
     }
-    c.y = workspace + pass.value[l.out];
+    c.y = kept + pass.value[l.out];
     c.ty = tangent(l.out);
     c.dy = adjoint(l.out);
     c.tdy = tadjoint(l.out);
-    c.saved = at(pass.saved[index]);
+    c.saved = kept_at(pass.saved[index]);
     c.tsaved = at(pass.tsaved[index]);
     c.scratch = at(pass.scratch);
     return c;
@@ -146,11 +152,11 @@ struct Network {
       const Layer& l = program.layers[i];
       if (!l.live) continue;
       Call<Real> c = call(i, nullptr, dw, nullptr);
-      c.dx = target(l.dx, l.in, pass.adjoint);
-      c.dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, pass.adjoint);
+      c.dx = target(l.dx, l.in, adjoint(l.in));
+      c.dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, adjoint(l.in1));
       functions_of<Real>(l.kind).bwd(c);
-      arrive(l.dx, l.in, c.dx, pass.adjoint);
-      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.dx1, pass.adjoint);
+      arrive(l.dx, l.in, c.dx, adjoint(l.in));
+      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.dx1, adjoint(l.in1));
     }
   }
 
@@ -167,11 +173,11 @@ struct Network {
       const Layer& l = program.layers[i];
       if (!l.live) continue;
       Call<Real> c = call(i, tw, nullptr, tdw);
-      c.tdx = target(l.dx, l.in, pass.tadjoint);
-      c.tdx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, pass.tadjoint);
+      c.tdx = target(l.dx, l.in, tadjoint(l.in));
+      c.tdx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, tadjoint(l.in1));
       functions_of<Real>(l.kind).tbwd(c);
-      arrive(l.dx, l.in, c.tdx, pass.tadjoint);
-      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.tdx1, pass.tadjoint);
+      arrive(l.dx, l.in, c.tdx, tadjoint(l.in));
+      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.tdx1, tadjoint(l.in1));
     }
   }
 
@@ -220,13 +226,12 @@ struct Network {
   }
 
  private:
-  Real* target(Destination destination, int32_t v, const int64_t* adjoints) const {
+  Real* target(Destination destination, int32_t v, Real* sum) const {
     if (destination == Destination::none) return nullptr;
-    return workspace + (destination == Destination::overwrite ? adjoints[v] : pass.extra[v]);
+    return destination == Destination::overwrite ? sum : workspace + pass.extra[v];
   }
-  void arrive(Destination destination, int32_t v, const Real* extra, const int64_t* adjoints) const {
+  void arrive(Destination destination, int32_t v, const Real* extra, Real* to) const {
     if (destination != Destination::add) return;
-    Real* to = workspace + adjoints[v];
     const int64_t count = pass.samples * program.values[v].sample;
     for (int64_t i = 0; i < count; i += kLanes<Real>) store(to + i, load(to + i) + load(extra + i));
   }
@@ -260,15 +265,37 @@ inline Targets<Real> targets_of(const Data<Real>& data, int64_t task, int64_t sa
           data.values == nullptr ? nullptr : data.values + task * samples * outputs};
 }
 
-// to = from - rate * g, elementwise.
+// to = from - rate_k * g, elementwise.
 template <class Real>
 inline void step(const Job<Real>& job, int64_t k, const Real* from, const Real* g, Real* to) {
-  using V = Vec<Real>;
-  const Real* rates = job.rates == nullptr ? nullptr : job.rates + k * job.rates_stride;
-  for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) {
-    const V rate = rates == nullptr ? splat(job.rate) : load(rates + i);
-    store(to + i, load(from + i) - rate * load(g + i));
+  const int64_t params = job.program->params;
+  if (job.rates == nullptr) {
+    const Vec<Real> rate = splat(job.rate);
+    for (int64_t i = 0; i < params; i += kLanes<Real>) store(to + i, load(from + i) - rate * load(g + i));
+    return;
   }
+  const Real* const rates = job.rates + k * job.rates_stride;
+  for (int64_t i = 0; i < params; i += kLanes<Real>)
+    store(to + i, load(from + i) - load(rates + i) * load(g + i));
+}
+
+// to = lam + H (-rate_k lam) with the Hessian at the support pass's parameters; `direction` and `product` are
+// buffers.
+template <class Real>
+inline void step_back(const Job<Real>& job, int64_t k, const Network<Real>& support, const Real* lam,
+                      Real* direction, Real* product, Real* to) {
+  const int64_t params = job.program->params;
+  if (job.rates == nullptr) {  // the same for all: H is linear
+    support.hessian_vector(lam, product);
+    const Vec<Real> rate = splat(job.rate);
+    for (int64_t i = 0; i < params; i += kLanes<Real>)
+      store(to + i, load(lam + i) - rate * load(product + i));
+    return;
+  }
+  const Real* const rates = job.rates + k * job.rates_stride;
+  for (int64_t i = 0; i < params; i += kLanes<Real>) store(direction + i, -load(rates + i) * load(lam + i));
+  support.hessian_vector(direction, product);
+  for (int64_t i = 0; i < params; i += kLanes<Real>) store(to + i, load(lam + i) + load(product + i));
 }
 
 template <class Real>
@@ -277,8 +304,8 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   const WorkspaceLayout& layout = *job.layout;
   const Value &in = program.values[0], &out = program.values[program.value_count - 1];
   const int64_t pixels = in.c * in.h * in.w;
-  Network<Real> support{program, layout.support, workspace, nullptr, job.theta};
-  Network<Real> query{program, layout.query, workspace, nullptr, job.theta};
+  Network<Real> support{program, layout.support, workspace, workspace, nullptr, job.theta};
+  Network<Real> query{program, layout.query, workspace, workspace, nullptr, job.theta};
   Real *const product = workspace + layout.product, *const direction = workspace + layout.direction;
   const auto phi = [&](int64_t k) {
     return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * program.params;
@@ -288,6 +315,7 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   if (job.steps > 0) support.set_input(job.support.x + task * layout.support.samples * pixels);
   for (int64_t k = 0; k < job.steps; ++k) {
     support.w = phi(k);
+    support.kept = workspace + k * layout.kept;
     support.forward();
     support.loss(support_y, true);
     support.backward(product);
@@ -311,20 +339,14 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   Real *const lam = workspace + layout.w, *const gradient = job.gradient + task * program.params;
   query.backward(lam);
   for (int64_t k = job.first_order ? -1 : job.steps - 1; k >= 0; --k) {
-    if (k != job.steps - 1) {
-      support.w = phi(k);
+    support.w = phi(k);
+    support.kept = workspace + k * layout.kept;
+    if (layout.kept == 0 && k != job.steps - 1) {
       support.forward();
       support.loss(support_y, true);
       support.backward(nullptr);
     }
-    const Real* rates = job.rates == nullptr ? nullptr : job.rates + k * job.rates_stride;
-    for (int64_t i = 0; i < program.params; i += kLanes<Real>) {
-      store(direction + i, (rates == nullptr ? splat(-job.rate) : -load(rates + i)) * load(lam + i));
-    }
-    support.hessian_vector(direction, product);
-    Real* const sum = k == 0 ? gradient : lam;
-    for (int64_t i = 0; i < program.params; i += kLanes<Real>)
-      store(sum + i, load(lam + i) + load(product + i));
+    step_back(job, k, support, lam, direction, product, k == 0 ? gradient : lam);
   }
   if (!job.first_order && job.steps > 0) return;
   for (int64_t i = 0; i < program.params; i += kLanes<Real>) store(gradient + i, load(lam + i));
@@ -341,7 +363,7 @@ void single(const Job<Real>& job, int64_t task, Real* workspace) {
   const Value &in = program.values[0], &out = program.values[program.value_count - 1];
   Real *const w = workspace + layout.w, *const product = workspace + layout.product;
   to_engine(program, job.phi + task * job.phi_stride, job.constants, w);
-  Network<Real> network{program, pass, workspace, nullptr, w};
+  Network<Real> network{program, pass, workspace, workspace, nullptr, w};
   network.set_input(data.x + task * pass.samples * in.c * in.h * in.w);
   network.forward();
   switch (job.what) {

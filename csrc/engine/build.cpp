@@ -112,7 +112,8 @@ size_t Plan::only_reader(int32_t value) const {
 }
 
 // Puts batch_norm_relu_pool in the place of batch_norm, relu and a max_pool without overlap or padding, where
-// nothing else reads the values between them.
+// nothing else reads the values between them; linear_narrow in that of a linear of few outputs. Makes a relu
+// between two linear layers part of these.
 void Plan::fuse() {
   std::vector<bool> gone(layers_.size(), false);
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -141,6 +142,21 @@ void Plan::fuse() {
     l.bias_cancels =
         is_conv(l.kind) && reader != layers_.size() &&
         (layers_[reader].kind == Kind::batch_norm || layers_[reader].kind == Kind::batch_norm_relu_pool);
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (layers_[i].kind != Kind::linear) continue;
+    const size_t relu = only_reader(layers_[i].out);
+    if (relu == layers_.size() || layers_[relu].kind != Kind::relu) continue;
+    const size_t next = only_reader(layers_[relu].out);
+    if (next == layers_.size() || layers_[next].kind != Kind::linear) continue;
+    layers_[i].out = layers_[relu].out;
+    layers_[i].relu = layers_[next].gated = 1;
+    gone[relu] = true;
+  }
+  for (Layer& l : layers_) {
+    // Of the network's own input lanes are not whole vectors.
+    if (l.kind == Kind::linear && l.relu == 0 && l.in != 0 && 4 * values_[l.out].c <= lanes_)
+      l.kind = Kind::linear_narrow;
   }
   size_t kept = 0;
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -231,6 +247,10 @@ void Plan::add_parameters() {
         for (int64_t c = 0; c < in.c; ++c) vector(weight + c * taps + t, in.c * taps, out.c, out.pixel);
       }
       if (l.bias) vector(bias, 1, out.c, out.pixel);
+    } else if (l.kind == Kind::linear_narrow) {
+      require(weight >= 0 && (bias >= 0) == (l.bias != 0), "parameters of a linear layer");
+      for (int64_t o = 0; o < out.c; ++o) vector(weight + o * in.c, 1, in.c, in.pixel);
+      if (l.bias) vector(bias, 1, out.c, out.pixel);
     } else if (l.kind == Kind::batch_norm || l.kind == Kind::batch_norm_relu_pool ||
                l.kind == Kind::group_norm) {
       require((weight >= 0) == (l.bias != 0) && (bias >= 0) == (l.bias != 0), "parameters of a norm");
@@ -315,7 +335,11 @@ void Plan::decide_reads() {
   }
 }
 
-Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t& size) const {
+// `steps` are those that the pass is run for; where what all of them leave fits in a core's cache, each has
+// its own place, `kept` elements apart; else `kept` is 0.
+Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t steps,
+                     int64_t& size, int64_t& kept) const {
+  constexpr int64_t kKeptBytes = 512 * 1024;
   const auto take = [&](int64_t count) {
     const int64_t at = size;
     size += round_up(count, lanes_);
@@ -326,26 +350,30 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
     offsets->assign(values, -1);
   }
   for (auto* offsets : {&store.saved, &store.tsaved}) offsets->assign(layers, -1);
+  const int64_t begin = size;
+  for (size_t i = 0; i < layers && samples > 0; ++i) {
+    const Layer& l = layers_[i];
+    const int64_t out = samples * values_[l.out].sample;
+    store.value[l.out] = take(out);
+    store.saved[i] = take(l.saved_per_sample * samples + l.saved_per_layer);
+    if (l.live && adjoints) store.adjoint[l.out] = take(out);
+  }
+  const int64_t step = size - begin;
+  kept = tangents && steps > 1 && steps * step * element_ <= kKeptBytes ? step : 0;
+  if (kept > 0) size += (steps - 1) * kept;
   if (samples > 0) {
     const Value& input = values_[0];
     const bool as_it_is = input.h == 1 && input.w == 1 && input.pixel == input.c;
     if (!as_it_is) store.value[0] = take(samples * input.sample);
     for (size_t i = 0; i < layers; ++i) {
       const Layer& l = layers_[i];
-      const int64_t out = samples * values_[l.out].sample;
-      const int64_t saved = l.saved_per_sample * samples + l.saved_per_layer;
-      store.value[l.out] = take(out);
-      store.saved[i] = take(saved);
-      if (!l.live) continue;
-      if (adjoints) store.adjoint[l.out] = take(out);
-      if (tangents) {
-        store.tangent[l.out] = take(out);
-        store.tadjoint[l.out] = take(out);
-        store.tsaved[i] = take(saved);
-      }
+      if (!l.live || !tangents) continue;
+      store.tangent[l.out] = take(samples * values_[l.out].sample);
+      store.tadjoint[l.out] = take(samples * values_[l.out].sample);
+      store.tsaved[i] = take(l.saved_per_sample * samples + l.saved_per_layer);
     }
-    if (adjoints) {
-      for (const int32_t v : shared_) store.extra[v] = take(samples * values_[v].sample);
+    for (const int32_t v : shared_) {
+      if (adjoints) store.extra[v] = take(samples * values_[v].sample);
     }
   }
   Pass pass{};
@@ -371,8 +399,9 @@ const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, in
   cpu::WorkspaceLayout& layout = store.layout;
   layout.size = 0;
   const bool tangents = what == cpu::What::hvp || (what == cpu::What::meta_step && wants_gradient);
-  layout.support = make_pass(store.support, support, true, tangents, layout.size);
-  layout.query = make_pass(store.query, query, wants_gradient, false, layout.size);
+  int64_t none = 0;
+  layout.support = make_pass(store.support, support, true, tangents, steps, layout.size, layout.kept);
+  layout.query = make_pass(store.query, query, wants_gradient, false, 1, layout.size, none);
   const auto take = [&](int64_t count) {
     const int64_t at = layout.size;
     layout.size += count * program_.params;

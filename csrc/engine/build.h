@@ -50,7 +50,8 @@ class Plan {
   void decide_winograd(Layer& l) const;
   void decide_saved();
   void decide_reads();
-  Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t& size) const;
+  Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t steps,
+                 int64_t& size, int64_t& kept) const;
 
   int64_t element_, lanes_, user_params_;
   std::vector<Value> values_;

@@ -48,6 +48,7 @@ enum class Kind : int32_t {
   add,
   batch_norm_relu_pool,  // in the place of batch_norm, relu and, unless the kernel is 1, max_pool; see
                          // engine/build.cpp
+  linear_narrow,         // in the place of linear, where outputs are few
 };
 
 enum class LossKind : int32_t { cross_entropy = 1, mse = 2 };
@@ -75,6 +76,8 @@ struct Layer {
   int64_t pad_h, pad_w;        // conv2d, pools
   int64_t groups;              // group_norm
   int32_t bias;                // linear, conv2d: has one; norms: is affine; avg_pool: count_include_pad
+  int32_t relu, gated;  // linear: y is max(0, .), a relu's part; linear, linear_narrow: x is of such a layer,
+                        // whose backward functions are this one's: dx and tdx are zero where x is not above 0
   int32_t bias_cancels;   // linear, conv2d: only a batch_norm reads y, so that the loss does not move with b
   int32_t live;           // it or something before it has parameters: its output has tangent and adjoint
   Destination dx, dx1;    // of in and in1

@@ -45,6 +45,10 @@ ELEMENTWISE: dict[str, Build] = {
 FEATURES: dict[str, Build] = ELEMENTWISE | {
     "linear": lambda c: nn.Linear(c, 19),
     "linear without bias": lambda c: nn.Linear(c, 1, bias=False),
+    "linear of few outputs": lambda c: nn.Linear(c, 2),
+    "linear layers with relus between": lambda c: nn.Sequential(
+        nn.Linear(c, 11), nn.ReLU(), nn.Linear(11, 2), nn.ReLU(), nn.Linear(2, c), nn.ReLU(), nn.Linear(c, 1), nn.Tanh()
+    ),
     "batch_norm": lambda c: nn.BatchNorm1d(c),
     "batch_norm without affine": lambda c: nn.BatchNorm1d(c, affine=False),
     "batch_norm_relu_pool": lambda c: nn.Sequential(nn.BatchNorm1d(c), nn.ReLU()),

@@ -6,8 +6,9 @@
 //   fwd    y            bwd   dw (db) from x and dy; dx from dy and w
 //   tfwd   ty = x*tw + tx*w + tb
 //   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
-// Where only a batch normalisation reads y, which takes out what b adds, db = tdb = 0.
-// The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
+// A linear layer may have a ReLU's part (program.h, `relu` and `gated`): y = max(0, .), ty = 0 where y is 0;
+// dx = tdx = 0 where x is. Where only a batch normalisation reads y, which takes out what b adds, db = tdb =
+// 0. The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
 // makes them wide enough. saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of
 // y][pixel of x], where dx is wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by
 // tests/engine/test_layers.py.
@@ -76,18 +77,19 @@ void conv_input_gradient(const Call<Real>& c, const Real* dy, const Real* wt, co
                       l.stride_w * in.pixel};
       // With no tap (a stride beyond the kernel) this writes the zeros.
       multiply(walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
-               static_cast<const Real*>(nullptr), dx);
+               Finish<Real>{nullptr, false, l.gated ? c.x : nullptr}, dx);
     }
   }
 }
 
-// dw = x^T * dy, added to where `add`.
+// dw = x^T * dy, and with a second pair (x1, dy1) the sum of both.
 template <class Real>
-void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, Real* dw, bool add) {
+void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, const Real* x1, const Real* dy1,
+                          Real* dw) {
   const Layer& l = *c.layer;
   const Value &in = *c.in, &out = *c.out;
-  outer(conv_walk(l, in, out, c.samples), x, l.reads, l.kernel_h * l.kernel_w * in.c, dy,
-        lanes_of<Real>(out.c), dw, out.pixel, add);
+  outer(conv_walk(l, in, out, c.samples), x, l.reads, l.kernel_h * l.kernel_w * in.c, dy, x1, dy1,
+        lanes_of<Real>(out.c), dw, out.pixel, false);
 }
 
 template <class Real>
@@ -115,14 +117,15 @@ void conv_fwd(const Call<Real>& c) {
     b[t] = c.w + t * block;
   }
   multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
-           lanes_of<Real>(out.c), l.bias ? c.w + taps * block : nullptr, c.y);
+           lanes_of<Real>(out.c), Finish<Real>{l.bias ? c.w + taps * block : nullptr, l.relu != 0, nullptr},
+           c.y);
 }
 
 template <class Real>
 void conv_bwd(const Call<Real>& c) {
   if (c.dw != nullptr) conv_bias_gradient(c, c.dy, c.dw);
   if (c.samples >= c.layer->winograd_from) return winograd_bwd(c);
-  if (c.dw != nullptr) conv_weight_gradient(c, c.x, c.dy, c.dw, false);
+  if (c.dw != nullptr) conv_weight_gradient<Real>(c, c.x, c.dy, nullptr, nullptr, c.dw);
   if (c.dx == nullptr) return;
   transpose_taps(c, c.w, c.saved);
   conv_input_gradient<Real>(c, c.dy, c.saved, nullptr, nullptr, c.dx);
@@ -144,15 +147,15 @@ void conv_tfwd(const Call<Real>& c) {
     b[t] = (second ? c.w : c.tw) + tap * block;
   }
   multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
-           lanes_of<Real>(out.c), l.bias ? c.tw + kernel * block : nullptr, c.ty);
+           lanes_of<Real>(out.c),
+           Finish<Real>{l.bias ? c.tw + kernel * block : nullptr, false, l.relu ? c.y : nullptr}, c.ty);
 }
 
 template <class Real>
 void conv_tbwd(const Call<Real>& c) {
   conv_bias_gradient(c, c.tdy, c.tdw);
   if (c.samples >= c.layer->winograd_from) return winograd_tbwd(c);
-  conv_weight_gradient(c, c.x, c.tdy, c.tdw, false);
-  if (c.tx != nullptr) conv_weight_gradient(c, c.tx, c.dy, c.tdw, true);
+  conv_weight_gradient(c, c.x, c.tdy, c.tx, c.dy, c.tdw);
   if (c.tdx == nullptr) return;
   transpose_taps(c, c.tw, c.tsaved);
   conv_input_gradient<Real>(c, c.tdy, c.saved, c.dy, c.tsaved, c.tdx);

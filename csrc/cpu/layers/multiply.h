@@ -1,7 +1,7 @@
 // The two matrix products that linear and convolution layers are made of, on rows that lie anywhere.
 //
-//   multiply   c[q, :] = bias + sum_t sum_k a[q + offset_t + k] * b_t[k, :]         forward, input gradient,
-//   tangents outer      d[m, :] = sum_q a[q + offset_m] * g[q, :]                            weight gradient
+//   multiply   c[q, :] = bias + sum_t sum_k a[q + offset_t + k] * b_t[k, :]   forward, input gradient,
+//   tangents outer      d[m, :] = sum_q a[q + offset_m] * g[q, :] (+ a1, g1 likewise)   weight gradient
 //
 // q walks over pixels of several samples, in two values at once. A register tile holds `rows` x `vectors`
 // accumulators; scalars of a are broadcast, so that a may have any strides; rows of b, c, d, g are whole
@@ -69,6 +69,20 @@ struct Taps {
   int64_t k, ldb;
 };
 
+// What is done to a sum before it is stored: max(0, .), or 0 where `gate`, which lies as c does, is not above
+// 0. With these a ReLU costs nothing.
+template <class Real>
+struct Finish {
+  const Real* bias;  // what the sums start from, null: 0
+  bool relu;
+  const Real* gate;
+};
+
+// The second pair of factors of an outer product, as far from the first; without one `pairs` is 1.
+struct Second {
+  int64_t pairs, a, g;
+};
+
 // A row of a tile: kVectors vectors, of which the last is half of one where kHalf.
 template <class Real, int kVectors, bool kHalf>
 struct Row {
@@ -95,6 +109,12 @@ struct Row {
     if constexpr (kHalf)
       *reinterpret_cast<typename Simd<Real>::UnalignedGrain*>(p + kWhole * kLanes<Real>) = half;
   }
+  // Zero where `gate` is <= 0: where it is NaN, things stay as they are.
+  inline void close(const Row& gate) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kWhole; ++v) whole[v] = gate.whole[v] <= V{} ? V{} : whole[v];
+    if constexpr (kHalf) half = gate.half <= G{} ? G{} : half;
+  }
   inline void add_product(Real x, const Row& factor) {
     if constexpr (kWhole > 0) {
       const V s = splat(x);
@@ -108,17 +128,17 @@ struct Row {
 };
 
 template <class Real, int kRows, int kVectors, bool kHalf>
-void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column, const Real* bias,
-                   Real* const* c) {
+void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column, const Finish<Real>& finish,
+                   const Real* base, Real* const* c) {
   Row<Real, kVectors, kHalf> sum[kRows], factor;
   const Real* row[kRows];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     row[m] = a[m];
-    if (bias == nullptr) {
+    if (finish.bias == nullptr) {
       sum[m].clear();
     } else {
-      sum[m].load_from(bias + column);
+      sum[m].load_from(finish.bias + column);
     }
   }
   for (int64_t t = 0; t < taps.count; ++t) {
@@ -130,13 +150,23 @@ void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column,
       for (int m = 0; m < kRows; ++m) sum[m].add_product(row[m][k], factor);
     }
   }
+  if (finish.relu) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) sum[m].close(sum[m]);
+  } else if (finish.gate != nullptr) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      factor.load_from(finish.gate + (c[m] - base) + column);
+      sum[m].close(factor);
+    }
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) sum[m].store_to(c[m] + column);
 }
 
 template <class Real, int kRows, int kVectors, bool kHalf>
-void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, Real* d, int64_t ldd,
-                bool add) {
+void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, const Second& second,
+                Real* d, int64_t ldd, bool add) {
   Row<Real, kVectors, kHalf> sum[kRows], factor;
   int64_t at[kRows];
 #pragma GCC unroll 16
@@ -148,14 +178,16 @@ void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk&
       sum[m].clear();
     }
   }
-  for (int64_t n = 0; n < walk.samples; ++n) {
-    for (int64_t i = 0; i < walk.h; ++i) {
-      const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
-      const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
-      for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
-        factor.load_from(y);
+  for (int64_t pair = 0; pair < second.pairs; ++pair, a += second.a, g += second.g) {
+    for (int64_t n = 0; n < walk.samples; ++n) {
+      for (int64_t i = 0; i < walk.h; ++i) {
+        const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
+        const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
+        for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
+          factor.load_from(y);
 #pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) sum[m].add_product(x[at[m]], factor);
+          for (int m = 0; m < kRows; ++m) sum[m].add_product(x[at[m]], factor);
+        }
       }
     }
   }
@@ -167,8 +199,10 @@ void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk&
 // registers.
 template <class Real>
 struct Tiles {
-  using Multiply = void (*)(const Real* const*, const Taps<Real>&, int64_t, const Real*, Real* const*);
-  using Outer = void (*)(const Real*, const int64_t*, const Real*, const Walk&, Real*, int64_t, bool);
+  using Multiply = void (*)(const Real* const*, const Taps<Real>&, int64_t, const Finish<Real>&, const Real*,
+                            Real* const*);
+  using Outer = void (*)(const Real*, const int64_t*, const Real*, const Walk&, const Second&, Real*, int64_t,
+                         bool);
   Multiply multiply[2][kMostVectors][kMostRows] = {};
   Outer outer[2][kMostVectors][kMostRows] = {};
 
@@ -205,8 +239,8 @@ struct Columns {
 
 // c at walk.to, `columns` lanes of each pixel; a at walk.from.
 template <class Real>
-void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns, const Real* bias,
-              Real* c) {
+void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns,
+              const Finish<Real>& finish, Real* c) {
   const Walk walk = where.collapsed();
   const Columns<Real> cut(columns);
   const int64_t pixels = walk.count();
@@ -223,16 +257,18 @@ void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t 
         from[m] = a + cursor.from;
         to[m] = c + cursor.to;
       }
-      tiles_of[rows - 1](from, taps, column, bias, to);
+      tiles_of[rows - 1](from, taps, column, finish, c, to);
     }
     column += across * kLanes<Real>;
   }
 }
 
-// d (rows, ldd), `columns` lanes of each row: row m sums a at walk.from + offset[m] times g at walk.to.
+// d (rows, ldd), `columns` lanes of each row: row m sums a at walk.from + offset[m] times g at walk.to, and
+// with a second pair a1 times g1 after it.
 template <class Real>
 void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t rows, const Real* g,
-           int64_t columns, Real* d, int64_t ldd, bool add) {
+           const Real* a1, const Real* g1, int64_t columns, Real* d, int64_t ldd, bool add) {
+  const Second second = a1 == nullptr ? Second{1, 0, 0} : Second{2, a1 - a, g1 - g};
   // Blocks of samples of which both values stay in the cache over all tiles.
   constexpr int64_t kBlockBytes = 256 * 1024;
   const Walk walk = pixels.collapsed();
@@ -249,7 +285,8 @@ void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t row
       const int64_t tiles = parts_of(rows, most_rows(across));
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int high = part_size(rows, tiles, tile);
-        tiles_of[high - 1](a, offset + row, g + column, block, d + row * ldd + column, ldd, add || b > 0);
+        tiles_of[high - 1](a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
+                           add || b > 0);
         row += high;
       }
       column += across * kLanes<Real>;

@@ -54,19 +54,6 @@ inline void for_each_block(int64_t pixel, const Visit& visit) {
   if (lane < pixel) visit.template operator()<1>(lane);
 }
 
-// All lanes' sum.
-template <class Real>
-inline Real sum_of_lanes(Vec<Real> v) {
-  constexpr int kL = kLanes<Real>;
-#pragma GCC unroll 4
-  for (int half = kL / 2; half > 0; half /= 2) {
-    typename Simd<Real>::Mask moved;
-    for (int lane = 0; lane < kL; ++lane) moved[lane] = (lane + half) % kL;
-    v += __builtin_shuffle(v, moved);
-  }
-  return v[0];
-}
-
 // True in the first `count` lanes.
 template <class Real>
 inline typename Simd<Real>::Mask first_lanes(int64_t count) {

@@ -85,6 +85,18 @@ inline V select(M condition, V a, V b) {
   return condition ? a : b;
 }
 
+// The sum of all lanes, by halves.
+template <class Real, int kHalf = kLanes<Real> / 2>
+inline Real sum_of_lanes(Vec<Real> v) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    typename Simd<Real>::Mask other;
+    for (int i = 0; i < kLanes<Real>; ++i) other[i] = i ^ kHalf;
+    return sum_of_lanes<Real, kHalf / 2>(v + __builtin_shuffle(v, other));
+  }
+}
+
 // Calls visit(offset) for the first lane of every pixel of N samples, row by row; `count` pixels lie `pixel`
 // apart.
 template <class Visit>

@@ -345,7 +345,7 @@ struct WinogradCall {
       const int64_t offset[2] = {0, u1 == nullptr ? 0 : u1 - u};
       const Real* const b[2] = {w + part * weights_part, u1 == nullptr ? nullptr : w1 + part * weights_part};
       multiply(walk, u + part * from_part, Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to}, to,
-               static_cast<const Real*>(nullptr), m + part * to_part);
+               Finish<Real>{}, m + part * to_part);
     }
   }
   void forward_products(int64_t count, const Real* u, const Real* w, const Real* u1, const Real* w1,
@@ -356,13 +356,15 @@ struct WinogradCall {
                          Real* m) const {
     products(count, v, wt, v1, wt1, out.c, out.pixel, out_part, wt_part, in.pixel, in_part, m);
   }
-  // d = u' v, added to where `add`.
-  void weight_products(int64_t count, const Real* u, const Real* v, bool add) const {
+  // d = u' v, and with a second pair + u1' v1; added to where `add`.
+  void weight_products(int64_t count, const Real* u, const Real* v, const Real* u1, const Real* v1,
+                       bool add) const {
     const Walk walk{1, 1, count, 0, 0, 0, in.pixel, 0, 0, 0, out.pixel};
     for (int part = 0; part < kWinogradParts; ++part) {
       // The first of the layer's reads are the channels of one tap: 0, 1, 2, ...
-      outer(walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part, out.pixel,
-            d() + part * w_part, out.pixel, add);
+      outer(walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part,
+            u1 == nullptr ? nullptr : u1 + part * in_part, u1 == nullptr ? nullptr : v1 + part * out_part,
+            out.pixel, d() + part * w_part, out.pixel, add);
     }
   }
 
@@ -405,7 +407,7 @@ void winograd_bwd(const Call<Real>& c) {
     call.transform_adjoints(first, count, c.dy, call.v());
     if (c.dw != nullptr) {
       call.transform_reads(first, count, c.x, call.u());
-      call.weight_products(count, call.u(), call.v(), first > 0);
+      call.weight_products(count, call.u(), call.v(), nullptr, nullptr, first > 0);
     }
     if (c.dx == nullptr) return;
     call.backward_products(count, call.v(), call.wt(), nullptr, nullptr, call.u());
@@ -436,12 +438,9 @@ void winograd_tbwd(const Call<Real>& c) {
   call.for_each_block([&](int64_t first, int64_t count) {
     call.transform_reads(first, count, c.x, call.u());
     call.transform_adjoints(first, count, c.tdy, call.tv());
-    call.weight_products(count, call.u(), call.tv(), first > 0);
     if (moves || wants) call.transform_adjoints(first, count, c.dy, call.v());
-    if (moves) {
-      call.transform_reads(first, count, c.tx, call.tu());
-      call.weight_products(count, call.tu(), call.v(), true);
-    }
+    if (moves) call.transform_reads(first, count, c.tx, call.tu());
+    call.weight_products(count, call.u(), call.tv(), moves ? call.tu() : nullptr, call.v(), first > 0);
     if (!wants) return;
     call.backward_products(count, call.tv(), call.wt(), call.v(), call.twt(), call.u());
     call.inverse_reads(first, count, call.u(), c.tdx);
