@@ -6,7 +6,7 @@ from metafast.episodes import Episodes, Outcome
 from metafast.explain import explain
 from metafast.learners import LOMAML, MAML, Adapted, GradientLearner, ProtoNets, TaskLearner
 from metafast.lstm import LSTMOptimizer
-from metafast.rules import SGD, LayerRates, LearnedRates, LearnedRule, Momentum, UpdateRule
+from metafast.rules import SGD, LayerRates, LearnedRates, LearnedRule, Momentum, PartialSGD, UpdateRule
 from metafast.version import __version__
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "LearnedRule",
     "Momentum",
     "Outcome",
+    "PartialSGD",
     "ProtoNets",
     "TaskLearner",
     "UpdateRule",

@@ -7,6 +7,7 @@ learnable parameters. Rules see all tasks at once, one flat parameter vector a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ class UpdateRule(nn.Module, ABC):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         """Parameters (T, P) and state after a step along grads (T, P)."""
 
+    def plain_rates(self, steps: int) -> float | Tensor | None:
+        """The rates, if the rule is phi - rate g, whatever phi, g and the state: the whole meta-step is then one call.
+
+        Returns:
+            One for all, or (1, P), or (K, P) for K = ``steps``, differentiable in psi; None for any other rule.
+        """
+        return None
+
 
 class SGD(UpdateRule):
     """phi - lr g: the rule of MAML (Finn, Abbeel & Levine 2017).
@@ -60,8 +69,67 @@ class SGD(UpdateRule):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         return inner_update(params, grads, self.lr), state
 
+    def plain_rates(self, steps: int) -> float | Tensor | None:
+        return self.lr if type(self) is SGD else None  # a subclass may step otherwise
+
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}"
+
+
+class PartialSGD(UpdateRule):
+    """phi - lr g for some of the parameters; the others stay as they are in the inner loop and are meta-learned only.
+
+    The last layer's alone are ANIL's (Raghu et al. 2020, arXiv:1909.09157), all but its BOIL's (Oh et al. 2021,
+    arXiv:2008.08882).
+
+    Args:
+        model: the model that the rule will adapt.
+        adapts: names of parameters, or of modules all of whose parameters adapt, as in ``model.named_modules()``.
+        lr: inner learning rate, a finite number of at least 0.
+
+    Raises:
+        TypeError, ValueError: no names, or one that no parameter that requires gradients has.
+
+    Example:
+        >>> import metafast as mf
+        >>> rule = PartialSGD(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)), adapts=["2"], lr=0.1)
+        >>> rule.rates.count_nonzero()
+        tensor(3)
+    """
+
+    rates: Tensor
+
+    def __init__(self, model: nn.Module, adapts: Sequence[str], lr: float) -> None:
+        super().__init__()
+        if isinstance(adapts, str) or not isinstance(adapts, Sequence) or not adapts:
+            raise TypeError(f"adapts: expected names of parameters or modules, got {adapts!r}")
+        self.adapts = tuple(adapts)
+        self.lr = _check.number("lr", lr, minimum=0.0)
+        layout = Layout.of(model)
+        flat = layout.flatten(model).detach()
+        moves = torch.zeros_like(flat)
+        parts = moves.split(list(layout.sizes))
+        for name in self.adapts:
+            found = [part for key, part in zip(layout.names, parts) if key == name or key.startswith(f"{name}.")]
+            if not found:
+                raise ValueError(
+                    f"adapts: expected names among {', '.join(layout.names)} or their modules, got {name!r}"
+                )
+            for part in found:
+                part.fill_(1.0)
+        self.register_buffer("rates", self.lr * moves, persistent=False)
+
+    def init(self, params: Tensor) -> State:
+        return ()
+
+    def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
+        return inner_update(params, grads, self.rates), state
+
+    def plain_rates(self, steps: int) -> float | Tensor | None:
+        return self.rates.unsqueeze(0) if type(self) is PartialSGD else None
+
+    def extra_repr(self) -> str:
+        return f"adapts={list(self.adapts)}, lr={self.lr:g}"
 
 
 class Momentum(UpdateRule):
@@ -117,6 +185,9 @@ class LearnedRates(UpdateRule):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         return inner_update(params, grads, self.rates), state
 
+    def plain_rates(self, steps: int) -> float | Tensor | None:
+        return self.rates.unsqueeze(0) if type(self) is LearnedRates else None
+
 
 class LayerRates(UpdateRule):
     """phi - alpha[k, l] g with a learned rate for every step k and parameter tensor l, as in MAML++.
@@ -152,6 +223,13 @@ class LayerRates(UpdateRule):
         if k >= self.rates.shape[0]:
             raise ValueError(f"steps: this rule has rates for {self.rates.shape[0]} steps, got another")
         return inner_update(params, grads, self.rates[k][self.tensor_of]), (state[0] + 1,)
+
+    def plain_rates(self, steps: int) -> float | Tensor | None:
+        if type(self) is not LayerRates:
+            return None
+        if steps > self.rates.shape[0]:
+            raise ValueError(f"steps: this rule has rates for {self.rates.shape[0]} steps, got {steps}")
+        return self.rates[:steps, self.tensor_of] if steps > 0 else self.rates[:1, self.tensor_of]
 
 
 class LearnedRule(UpdateRule):

@@ -20,7 +20,8 @@ struct WorkspaceLayout {
   Pass support, query;
   int64_t w, direction, product;  // (params,) each; w holds a task's own parameters, in a meta-step lam
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
-  int64_t kept;  // from one inner step's values, adjoints and saved to the next's; 0: all use the same
+  int64_t query_tape;  // (steps - 1, params) where earlier steps have a query loss: its gradients there
+  int64_t kept;        // from one inner step's values, adjoints and saved to the next's; 0: all use the same
   int64_t size;
 };
 
@@ -49,15 +50,18 @@ struct Job {
   const Real* cotangent;  // (T, N, D) of the outputs
 
   // meta_step: phi_{k+1} = phi_k - rate_k g_k with rate_k = rates + k * rates_stride, (params,), or `rate`.
-  int64_t steps;
+  // Step k sees the samples of batch k % batches, which are `layout->support.samples` long.
+  int64_t steps, batches;
   bool first_order;
   Real rate;
   const Real* rates;
   int64_t rates_stride;
+  const Real*
+      query_weights;  // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K)
 
   // Results; null where not wanted. gradient: (T, P) in the user's order, for meta_step (T, params) in the
-  // engine's.
-  Real *losses, *logits, *accuracy, *gradient;
+  // engine's; so for rate_gradient (T, K or 1, params).
+  Real *losses, *logits, *accuracy, *gradient, *rate_gradient;
 };
 
 template <class Real>

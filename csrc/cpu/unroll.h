@@ -1,13 +1,15 @@
 // A task from its first inner step to its meta-gradient: forward and backward through a Program, the inner
 // loop, and the adjoint recursion
 //
-//   lam = grad L_query(phi_K);   for k = K-1..0:  lam += H_support(phi_k) (-rate_k lam)
+//   lam = grad L_query(phi_K);   for k = K-1..0:  d rate_k = -lam * g_k,  lam += H_support(phi_k) (-rate_k
+//   lam)
 //
-// A Hessian-vector product is forward, backward, forward tangent, backward tangent at phi_k. The activations
-// of the last inner step are still there when the recursion begins; those of the others are computed again
-// from phi_k, so memory does not grow with the steps but by the parameters themselves - unless those of all
-// steps fit in a core's cache, when they are kept (engine/build.cpp decides). Compiled once per
-// instruction set; calls nothing outside of it, allocates nothing, starts no thread. Tested by tests/engine/.
+// With query losses at earlier steps, v_k L_query(phi_k), their gradients join lam on its way. // A
+// Hessian-vector product is forward, backward, forward tangent, backward tangent at phi_k. The activations of
+// the last inner step are still there when the recursion begins; those of the others are computed again from
+// phi_k, so memory does not grow with the steps but by the parameters themselves - unless those of all steps
+// fit in a core's cache, when they are kept (engine/build.cpp decides). Compiled once per instruction set;
+// calls nothing outside of it, allocates nothing, starts no thread. Tested by tests/engine/.
 #pragma once
 
 #include "job.h"
@@ -259,10 +261,11 @@ void to_user(const Program& program, const Real* w, Real* adapting) {
   }
 }
 
+// The targets from a sample on, counted through all tasks.
 template <class Real>
-inline Targets<Real> targets_of(const Data<Real>& data, int64_t task, int64_t samples, int64_t outputs) {
-  return {data.labels == nullptr ? nullptr : data.labels + task * samples,
-          data.values == nullptr ? nullptr : data.values + task * samples * outputs};
+inline Targets<Real> targets_of(const Data<Real>& data, int64_t sample, int64_t outputs) {
+  return {data.labels == nullptr ? nullptr : data.labels + sample,
+          data.values == nullptr ? nullptr : data.values + sample * outputs};
 }
 
 // to = from - rate_k * g, elementwise.
@@ -298,58 +301,105 @@ inline void step_back(const Job<Real>& job, int64_t k, const Network<Real>& supp
   for (int64_t i = 0; i < params; i += kLanes<Real>) store(to + i, load(lam + i) + load(product + i));
 }
 
+// to += factor * from.
+template <class Real>
+inline void add_scaled(int64_t count, Real factor, const Real* from, Real* to) {
+  const Vec<Real> by = splat(factor);
+  for (int64_t i = 0; i < count; i += kLanes<Real>) store(to + i, load(to + i) + by * load(from + i));
+}
+
 template <class Real>
 void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   const Program& program = *job.program;
   const WorkspaceLayout& layout = *job.layout;
   const Value &in = program.values[0], &out = program.values[program.value_count - 1];
-  const int64_t pixels = in.c * in.h * in.w;
+  const int64_t pixels = in.c * in.h * in.w, params = program.params, steps = job.steps;
   Network<Real> support{program, layout.support, workspace, workspace, nullptr, job.theta};
   Network<Real> query{program, layout.query, workspace, workspace, nullptr, job.theta};
   Real *const product = workspace + layout.product, *const direction = workspace + layout.direction;
-  const auto phi = [&](int64_t k) {
-    return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * program.params;
-  };
+  const auto phi = [&](int64_t k) { return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * params; };
+  const bool wants_gradient = job.gradient != nullptr;
 
-  const Targets<Real> support_y = targets_of(job.support, task, layout.support.samples, out.c);
-  if (job.steps > 0) support.set_input(job.support.x + task * layout.support.samples * pixels);
-  for (int64_t k = 0; k < job.steps; ++k) {
+  Targets<Real> support_y{};
+  const auto go_to = [&](int64_t k) {  // the parameters, the batch and the place of step k
+    if (k == 0 || job.batches > 1) {
+      const int64_t first = (task * job.batches + k % job.batches) * layout.support.samples;
+      support.set_input(job.support.x + first * pixels);
+      support_y = targets_of(job.support, first, out.c);
+    }
     support.w = phi(k);
     support.kept = workspace + k * layout.kept;
+  };
+  const int64_t first = task * layout.query.samples;
+  const Targets<Real> query_y = targets_of(job.query, first, out.c);
+  query.set_input(job.query.x + first * pixels);
+
+  // With a cotangent of the outputs, which are the last step's, losses do not matter.
+  const Real* const v = job.cotangent == nullptr ? job.query_weights : nullptr;
+  Real* const query_tape = workspace + layout.query_tape;
+  Real loss = 0;
+  for (int64_t k = 0; k < steps; ++k) {
+    go_to(k);
     support.forward();
     support.loss(support_y, true);
     support.backward(product);
-    step(job, k, support.w, product, workspace + layout.tape + k * program.params);
+    step(job, k, support.w, product, workspace + layout.tape + k * params);
+    if (v == nullptr || k + 1 == steps || v[k] == 0) continue;
+    query.w = phi(k + 1);
+    query.forward();
+    loss += v[k] * query.loss(query_y, wants_gradient);
+    if (wants_gradient) query.backward(query_tape + k * params);
   }
 
-  const int64_t samples = layout.query.samples;
-  query.set_input(job.query.x + task * samples * pixels);
-  query.w = phi(job.steps);
+  query.w = phi(steps);
   query.forward();
-  const bool wants_gradient = job.gradient != nullptr;
-  if (job.logits != nullptr) query.copy_outputs(job.logits + task * samples * out.c);
-  const Targets<Real> query_y = targets_of(job.query, task, samples, out.c);
-  const Real loss = query.loss(query_y, wants_gradient);
+  if (job.logits != nullptr) query.copy_outputs(job.logits + first * out.c);
+  const Real last = v == nullptr ? Real(1) : v[steps - 1];
+  loss += last * query.loss(query_y, wants_gradient);
   if (job.losses != nullptr) job.losses[task] = loss;
   if (job.accuracy != nullptr) job.accuracy[task] = query.accuracy(query_y.labels);
   if (!wants_gradient) return;
-  if (job.cotangent != nullptr) query.set_adjoint(job.cotangent + task * samples * out.c);
+  if (job.cotangent != nullptr) query.set_adjoint(job.cotangent + first * out.c);
 
   // lam stays in the workspace, where the lanes that nobody writes are zero.
-  Real *const lam = workspace + layout.w, *const gradient = job.gradient + task * program.params;
+  Real *const lam = workspace + layout.w, *const gradient = job.gradient + task * params;
   query.backward(lam);
-  for (int64_t k = job.first_order ? -1 : job.steps - 1; k >= 0; --k) {
-    support.w = phi(k);
-    support.kept = workspace + k * layout.kept;
-    if (layout.kept == 0 && k != job.steps - 1) {
-      support.forward();
-      support.loss(support_y, true);
+  if (last != 1) {
+    for (int64_t i = 0; i < params; i += kLanes<Real>) store(lam + i, last * load(lam + i));
+  }
+  const int64_t rate_rows = job.rates_stride == 0 ? 1 : steps;
+  Real* const rate_gradient =
+      job.rate_gradient == nullptr ? nullptr : job.rate_gradient + task * rate_rows * params;
+  Real* sum = lam;  // where lam goes next
+  for (int64_t k = steps - 1; k >= 0; --k) {
+    const bool there = k == steps - 1 || layout.kept > 0;
+    if (rate_gradient != nullptr || !job.first_order) {
+      go_to(k);
+      if (!there) {
+        support.forward();
+        support.loss(support_y, true);
+      }
+    }
+    if (rate_gradient != nullptr) {
+      if (k != steps - 1) support.backward(product);  // the last step's g is there still
+      Real* const row = rate_gradient + (job.rates_stride == 0 ? 0 : k) * params;
+      const bool begins = job.rates_stride != 0 || k == steps - 1;
+      for (int64_t i = 0; i < params; i += kLanes<Real>) {
+        const Vec<Real> part = -load(lam + i) * load(product + i);
+        store(row + i, begins ? part : load(row + i) + part);
+      }
+    } else if (!job.first_order && !there) {
       support.backward(nullptr);
     }
-    step_back(job, k, support, lam, direction, product, k == 0 ? gradient : lam);
+    if (!job.first_order) {
+      sum = k == 0 ? gradient : lam;
+      step_back(job, k, support, lam, direction, product, sum);
+    }
+    if (v != nullptr && k > 0 && v[k - 1] != 0)
+      add_scaled(params, v[k - 1], query_tape + (k - 1) * params, lam);
   }
-  if (!job.first_order && job.steps > 0) return;
-  for (int64_t i = 0; i < program.params; i += kLanes<Real>) store(gradient + i, load(lam + i));
+  if (sum == gradient) return;
+  for (int64_t i = 0; i < params; i += kLanes<Real>) store(gradient + i, load(lam + i));
 }
 
 // All but meta_step: one network at the task's own parameters.
@@ -375,13 +425,13 @@ void single(const Job<Real>& job, int64_t task, Real* workspace) {
       network.backward(product);
       break;
     case What::gradient: {
-      const Real loss = network.loss(targets_of(data, task, pass.samples, out.c), true);
+      const Real loss = network.loss(targets_of(data, task * pass.samples, out.c), true);
       if (job.losses != nullptr) job.losses[task] = loss;
       network.backward(product);
       break;
     }
     default: {  // hvp
-      network.loss(targets_of(data, task, pass.samples, out.c), true);
+      network.loss(targets_of(data, task * pass.samples, out.c), true);
       network.backward(nullptr);
       Real* const direction = workspace + layout.direction;
       to_engine<Real>(program, job.vector + task * program.adapting, nullptr, direction);

@@ -390,9 +390,9 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
 }
 
 const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
-                                         int64_t steps) {
+                                         int64_t steps, bool query_losses) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Key key{int32_t(what), wants_gradient, support, query, steps};
+  const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses};
   const auto found = layouts_.find(key);
   if (found != layouts_.end()) return found->second.layout;
   LayoutStore& store = layouts_[key];
@@ -411,6 +411,7 @@ const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, in
   layout.direction = take(1);
   layout.product = take(1);
   layout.tape = take(steps);
+  layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
   return layout;
 }
 

@@ -25,10 +25,11 @@ class Plan {
   int64_t element() const { return element_; }
   int64_t constants() const { return user_params_ - program_.adapting; }
 
-  // For a kind of job on so many support and query samples and inner steps; 0 where it has none. The same
-  // arguments give the same object, which lives as long as the network. Safe from several threads.
+  // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
+  // and with query losses at all steps or not. The same arguments give the same object, which lives as long
+  // as the network. Safe from several threads.
   const cpu::WorkspaceLayout& layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
-                                     int64_t steps);
+                                     int64_t steps, bool query_losses = false);
 
  private:
   struct PassStore {
@@ -38,7 +39,7 @@ class Plan {
     PassStore support, query;
     cpu::WorkspaceLayout layout;
   };
-  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t>;
+  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool>;
 
   void add_layer(const int64_t* d, double number, double number1);
   size_t only_reader(int32_t value) const;

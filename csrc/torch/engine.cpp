@@ -7,6 +7,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #ifdef __linux__
@@ -119,13 +120,14 @@ template <class Real>
 class Engine::Call {
  public:
   Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps)
+       int64_t steps, bool query_losses = false)
       : engine_(engine) {
     job.what = what;
     job.program = &engine.plan_.program();
-    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps);
+    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses);
     job.tasks = tasks;
     job.steps = steps;
+    job.batches = 1;
   }
 
   void run() {
@@ -261,12 +263,27 @@ Tensor Engine::flatten(const std::vector<Tensor>& params) const {
   return flat;
 }
 
+void Engine::check_inner(const Inner& inner, int64_t shots) const {
+  TORCH_CHECK_VALUE(inner.steps >= 0, "steps: expected at least 0, got ", inner.steps);
+  TORCH_CHECK_VALUE(inner.batch >= 0 && (inner.batch == 0 || shots % inner.batch == 0),
+                    "batch: expected a divisor of the ", shots, " support samples, got ", inner.batch);
+  TORCH_CHECK_VALUE(inner.query_weights.empty() || int64_t(inner.query_weights.size()) == inner.steps,
+                    "query_weights: expected ", inner.steps, " numbers, one a step, got ",
+                    inner.query_weights.size());
+  if (!inner.rates) return;
+  const Tensor& rates = *inner.rates;
+  TORCH_CHECK_VALUE(rates.dim() == 2 && (rates.size(0) == 1 || rates.size(0) == inner.steps),
+                    "rates: expected (1 or ", inner.steps, ", P), got ", rates.sizes());
+  check("rates", rates, {rates.size(0), plan_.program().adapting});
+}
+
 Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
                                 const Side& query, const Inner& inner, const std::optional<Tensor>& cotangent,
-                                bool wants_gradient) {
+                                bool wants_gradient, bool wants_rate_gradient) {
   const Program& program = plan_.program();
   const int64_t outputs = program.values[program.value_count - 1].c;
   const int64_t tasks = support.x.size(0), shots = support.x.size(1), queries = query.x.size(1);
+  check_inner(inner, shots);
   const Side s = contiguous(support), q = contiguous(query);
   const Tensor fixed = constants.defined() ? constants.contiguous() : constants;
   const Tensor rates = inner.rates ? inner.rates->contiguous() : Tensor();
@@ -276,15 +293,23 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   result.outcome.logits = at::empty({tasks, queries, outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
   if (wants_gradient) result.gradient = at::empty({tasks, program.params}, options);
+  if (wants_rate_gradient) {
+    const std::vector<int64_t> sizes{tasks, rates.size(0), program.params};
+    result.rate_gradient = inner.steps > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
+  }
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
-    Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? shots : 0, queries,
-                    inner.steps);
+    const int64_t batch = inner.batch > 0 ? inner.batch : shots;
+    Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? batch : 0, queries,
+                    inner.steps, !inner.query_weights.empty());
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);
+    job.batches = shots / batch;
     job.first_order = inner.first_order;
     job.rate = Real(inner.rate);
+    const std::vector<Real> query_weights(inner.query_weights.begin(), inner.query_weights.end());
+    job.query_weights = query_weights.empty() ? nullptr : query_weights.data();
 
     // theta in the engine's order, and where they differ from element to element the rates; whole vectors
     // long.
@@ -315,6 +340,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     job.logits = result.outcome.logits.mutable_data_ptr<Real>();
     job.accuracy = result.outcome.accuracy ? result.outcome.accuracy->mutable_data_ptr<Real>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.mutable_data_ptr<Real>() : nullptr;
+    job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
     return 0;
   });
@@ -323,25 +349,30 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
 
 Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
   const Program& program = plan_.program();
-  const Tensor sums = at::empty({program.params}, gradient.options());
-  const Tensor flat = at::empty({program.adapting}, gradient.options());
+  const int64_t tasks = gradient.size(0), rows = gradient.dim() == 3 ? gradient.size(1) : 1;
+  const int64_t size = rows * program.params;
+  const Tensor sums = at::empty({size}, gradient.options());
+  const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
+                                          : at::empty({program.adapting}, gradient.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
-    constexpr int64_t kChunk = 16384;
-    const int64_t chunks = (program.params + kChunk - 1) / kChunk;
-    const Real *const rows = gradient.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
+    constexpr int64_t kChunk = 1024;
+    const int64_t chunks = (size + kChunk - 1) / kChunk;
+    const Real *const each = gradient.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
     Real* const to = sums.mutable_data_ptr<Real>();
     const auto weighted_sum = functions<Real>().weighted_sum;
     auto chunk = [&](int64_t index, int) {
-      const int64_t begin = index * kChunk, end = std::min(begin + kChunk, program.params);
-      weighted_sum(rows, gradient.size(0), program.params, w, begin, end, to);
+      const int64_t begin = index * kChunk, end = std::min(begin + kChunk, size);
+      weighted_sum(each, tasks, size, w, begin, end, to);
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
-    Real* const user = flat.mutable_data_ptr<Real>();
-    std::fill_n(user, program.adapting, Real(0));  // parameters that no layer uses
-    for (int64_t i = 0; i < program.params; ++i) {
-      const int64_t p = program.source[i];
-      if (p >= 0 && p < program.adapting) user[p] = to[i];
+    Real* user = flat.mutable_data_ptr<Real>();
+    std::fill_n(user, rows * program.adapting, Real(0));  // parameters that no layer uses
+    for (int64_t row = 0; row < rows; ++row, user += program.adapting) {
+      for (int64_t i = 0; i < program.params; ++i) {
+        const int64_t p = program.source[i];
+        if (p >= 0 && p < program.adapting) user[p] = to[row * program.params + i];
+      }
     }
     return 0;
   });
@@ -405,15 +436,16 @@ struct MetaStepContext : torch::CustomClassHolder {
 // tasks. Outputs: loss, losses (T,), logits (T, N, D).
 struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
   static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
-                               at::TensorList params, Tensor constants, Side support, Side query,
-                               Tensor gradient, Tensor weights, MetaOutcome outcome) {
+                               at::TensorList params, Tensor rates, Tensor constants, Side support,
+                               Side query, Engine::Unrolled run, Tensor weights) {
     // Outputs that nobody used have no cotangents: zeros in their place would cost a second run.
     ctx->set_materialize_grads(false);
     ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
-    variable_list saved{gradient, weights, constants, support.x, support.y, query.x, query.y};
+    variable_list saved{run.gradient, run.rate_gradient, weights, rates,  constants,
+                        support.x,    support.y,         query.x, query.y};
     for (const Tensor& p : params) saved.push_back(p);
     ctx->save_for_backward(std::move(saved));
-    return {outcome.loss, outcome.losses, outcome.logits};
+    return {run.outcome.loss, run.outcome.losses, run.outcome.logits};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
@@ -421,26 +453,32 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
     const auto& kept = static_cast<const MetaStepContext&>(*capsule);
     // Raises where a tensor was changed in place since.
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &gradient = saved[0], &weights = saved[1], &constants = saved[2];
-    const std::vector<Tensor> params(saved.begin() + 7, saved.end());
+    const Tensor &gradient = saved[0], &rate_gradient = saved[1], &weights = saved[2], &constants = saved[4];
+    const std::vector<Tensor> params(saved.begin() + 9, saved.end());
+    const bool of_rates = rate_gradient.defined();
     const bool again = at::GradMode::is_enabled();
     const at::NoGradGuard no_grad;
     const Tensor &d_loss = cotangents[0], &d_losses = cotangents[1], &d_logits = cotangents[2];
-    Tensor flat;
+    Tensor flat, d_rates;
+    const auto add = [&](const Tensor& rows, const Tensor& rate_rows, const Tensor& each) {
+      const Tensor part = kept.engine->reduce(rows, each);
+      flat = flat.defined() ? at::add(flat, part) : part;
+      if (!of_rates) return;
+      const Tensor rate_part = kept.engine->reduce(rate_rows, each);
+      d_rates = d_rates.defined() ? at::add(d_rates, rate_part) : rate_part;
+    };
     if (d_loss.defined() || d_losses.defined()) {
       Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
       if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
-      flat = kept.engine->reduce(gradient, each.contiguous());
+      add(gradient, rate_gradient, each.contiguous());
     }
     if (d_logits.defined()) {
-      const Tensor along = kept.engine
-                               ->unroll(kept.engine->flatten(params), constants, {saved[3], saved[4]},
-                                        {saved[5], saved[6]}, kept.inner, d_logits, true)
-                               .gradient;
-      const Tensor part = kept.engine->reduce(along, at::ones({along.size(0)}, along.options()));
-      flat = flat.defined() ? at::add(flat, part) : part;
+      const Engine::Unrolled along =
+          kept.engine->unroll(kept.engine->flatten(params), constants, {saved[5], saved[6]},
+                              {saved[7], saved[8]}, kept.inner, d_logits, true, of_rates);
+      add(along.gradient, along.rate_gradient, at::ones({gradient.size(0)}, gradient.options()));
     }
-    if (!flat.defined()) return variable_list(1 + params.size() + kPlain);
+    if (!flat.defined()) return variable_list(1 + params.size() + 1 + kPlain);
     variable_list parts;
     int64_t at = 0;
     for (const Tensor& p : params) {
@@ -450,10 +488,13 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
                   bytes);
       at += int64_t(bytes);
     }
+    parts.push_back(d_rates);
     if (again) {
       const at::AutoGradMode grad(true);
+      if (!of_rates) parts.pop_back();
       for (Tensor& part : parts) part.requires_grad_();
       parts = Once::apply(at::TensorList(parts));
+      if (!of_rates) parts.emplace_back();
     }
     // One for each argument of forward, and for each tensor of the list.
     variable_list result(1);
@@ -462,14 +503,16 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
     return result;
   }
 
-  static constexpr size_t kPlain = 6;  // forward's arguments after params
+  static constexpr size_t kPlain = 5;  // forward's arguments after params and rates
 };
 
 MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& constants, const Side& support,
                               const Side& query, const Inner& inner, const std::optional<Tensor>& weights) {
   const bool differentiable =
       at::GradMode::is_enabled() &&
-      std::any_of(params.begin(), params.end(), [](const Tensor& p) { return p.requires_grad(); });
+      (std::any_of(params.begin(), params.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
+       (inner.rates && inner.rates->requires_grad()));
+  const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
   Unrolled run;
   Tensor w;
   {
@@ -478,7 +521,7 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
     check_side("query", query, support.x.size(0));
     const Tensor theta = flatten(params);
     w = weights_or_mean(weights, support.x.size(0), theta.options());
-    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable);
+    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates);
     set_loss(run.outcome, w);
   }
   if (!differentiable) return run.outcome;
@@ -486,9 +529,10 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
   kept->engine = shared_from_this();
   kept->inner = inner;
   // Autograd's own arguments must be tensors, defined ones.
-  const Tensor fixed = constants.defined() ? constants : at::empty({0}, w.options());
-  const variable_list outputs = MetaStepFunction::apply(kept, at::TensorList(params), fixed, support, query,
-                                                        run.gradient, w, run.outcome);
+  const Tensor none = at::empty({0}, w.options());
+  const Tensor fixed = constants.defined() ? constants : none;
+  const variable_list outputs = MetaStepFunction::apply(
+      kept, at::TensorList(params), of_rates ? *inner.rates : none, fixed, support, query, run, w);
   return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
 }
 
@@ -527,7 +571,7 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
   check_side("query", query, support.x.size(0));
   const Tensor theta = flatten(params);
   const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
-  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true);
+  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false);
   set_loss(run.outcome, w);
   const Tensor flat = reduce(run.gradient, w);
   with_real(dtype_, [&](auto real) {

@@ -22,12 +22,16 @@ struct Side {
   at::Tensor x, y;
 };
 
-// How the inner loop steps: phi - rate g, or phi - rates[k] g with rates (K or 1, P) in the user's order.
+// How the inner loop steps: phi - rate g, or phi - rates[k] g with rates (K or 1, P) in the user's order;
+// step k on the k-th batch of `batch` support samples, round and round, or on all of them where it is 0. With
+// query_weights (K,) the loss is sum_k query_weights[k - 1] L_query(phi_k), without it is that of the last.
 struct Inner {
   int64_t steps;
   double rate;
   std::optional<at::Tensor> rates;
   bool first_order;
+  int64_t batch;
+  std::vector<double> query_weights;
 };
 
 struct MetaOutcome {
@@ -48,13 +52,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
                  const at::Tensor& vector);
 
   // The meta-objective sum_t w_t L_query(phi_K), w_t = 1 / T without weights, as a function of the
-  // parameters, which are in the user's order; differentiable once where grad mode is on and a parameter
-  // requires gradients.
+  // parameters, which are in the user's order, and of the rates; differentiable once where grad mode is on
+  // and one of them requires gradients.
   MetaOutcome meta_step(const std::vector<at::Tensor>& params, const at::Tensor& constants,
                         const Side& support, const Side& query, const Inner& inner,
                         const std::optional<at::Tensor>& weights);
 
-  // The same without autograd: adds the meta-gradient to the parameters' .grad.
+  // The same without autograd: adds the meta-gradient to the parameters' .grad; the rates are constants.
   MetaOutcome accumulate(const std::vector<at::Tensor>& params, const at::Tensor& constants,
                          const Side& support, const Side& query, const Inner& inner,
                          const std::optional<at::Tensor>& weights);
@@ -82,16 +86,18 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) const;
   int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks) const;  // N
   void check_side(const char* name, const Side& side, int64_t tasks) const;
+  void check_inner(const Inner& inner, int64_t shots) const;
 
-  // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, in the engine's order.
+  // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, and (T, rows of rates, params)
+  // those with respect to the rates, in the engine's order.
   struct Unrolled {
     MetaOutcome outcome;
-    at::Tensor gradient;
+    at::Tensor gradient, rate_gradient;
   };
   Unrolled unroll(const at::Tensor& theta, const at::Tensor& constants, const Side& support,
                   const Side& query, const Inner& inner, const std::optional<at::Tensor>& cotangent,
-                  bool wants_gradient);
-  // sum_t weights_t gradient_t in the user's order, (P,).
+                  bool wants_gradient, bool wants_rate_gradient);
+  // sum_t weights_t gradient_t of (T, params) or (T, rows, params) in the user's order, (P,) or (rows, P).
   at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights);
   at::Tensor single(cpu::What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
                     const at::Tensor* vector);

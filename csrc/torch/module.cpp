@@ -34,10 +34,11 @@ using MetaFunction = metafast::MetaOutcome (Engine::*)(const Params&, const Tens
 template <MetaFunction function>
 Outcome meta(Engine& engine, const Params& params, const MaybeTensor& constants, const Tensor& support_x,
              const Tensor& support_y, const Tensor& query_x, const Tensor& query_y, int64_t steps,
-             double rate, const MaybeTensor& rates, bool first_order, const MaybeTensor& weights) {
+             double rate, const MaybeTensor& rates, bool first_order, int64_t batch,
+             const std::vector<double>& query_weights, const MaybeTensor& weights) {
   const py::gil_scoped_release release;
   return as_tuple((engine.*function)(params, or_none(constants), {support_x, support_y}, {query_x, query_y},
-                                     {steps, rate, rates, first_order}, weights));
+                                     {steps, rate, rates, first_order, batch, query_weights}, weights));
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from metafast.engine.batches import support_of
 from metafast.engine.task_model import TaskModel
 from metafast.rules import State, UpdateRule
 
@@ -27,9 +28,11 @@ class AdjointEngine(ABC):
         self.rule = rule
         self.first_order = first_order
 
-    def inner_loop(self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int) -> Tensor:
+    def inner_loop(
+        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+    ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
-        phi: Tensor = _InnerLoop.apply(self, support_x, support_y, steps, theta, *self.rule.parameters())
+        phi: Tensor = _InnerLoop.apply(self, support_x, support_y, steps, batch, theta, *self.rule.parameters())
         return phi
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
@@ -59,16 +62,23 @@ class _InnerLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, engine: AdjointEngine, x: Tensor, y: Tensor, steps: int, theta: Tensor, *psi: Tensor
+        ctx: Any,
+        engine: AdjointEngine,
+        x: Tensor,
+        y: Tensor,
+        steps: int,
+        batch: int | None,
+        theta: Tensor,
+        *psi: Tensor,
     ) -> Tensor:
         phi = theta.detach().repeat(x.shape[0], 1)
         state = engine.rule.init(phi)
         tape: list[tuple[Tensor, Tensor, State]] = []
-        for _ in range(steps):
-            grads = engine.support_grad(phi, x, y)
+        for k in range(steps):
+            grads = engine.support_grad(phi, *support_of(x, y, k, batch, dim=1))
             tape.append((phi, grads, state))
             phi, state = engine.rule.step(phi, grads, state)
-        ctx.engine, ctx.tape = engine, tape
+        ctx.engine, ctx.tape, ctx.batch = engine, tape, batch
         # Saved, not just kept: autograd then refuses a backward after any of them was changed in place.
         ctx.save_for_backward(x, y, theta, *psi)
         return phi
@@ -80,12 +90,13 @@ class _InnerLoop(torch.autograd.Function):
         x, y, _, *psi = ctx.saved_tensors
         d_psi = [torch.zeros_like(p) for p in psi]
         lam_state: Cotangents = ()
-        for phi, grads, state in reversed(ctx.tape):
+        for k, (phi, grads, state) in reversed(list(enumerate(ctx.tape))):
             lam_phi, lam_g, lam_state = _rule_vjp(engine.rule, (phi, grads, state), lam, lam_state, d_psi)
-            lam = lam_phi if engine.first_order else lam_phi + engine.hvp(phi, x, y, lam_g)
+            support = support_of(x, y, k, ctx.batch, dim=1)
+            lam = lam_phi if engine.first_order else lam_phi + engine.hvp(phi, *support, lam_g)
         if ctx.tape:
             lam = lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)
-        return None, None, None, None, lam.sum(0), *d_psi
+        return None, None, None, None, None, lam.sum(0), *d_psi
 
 
 class _Forward(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metafast.engine.batches import support_of
 from metafast.engine.task_model import TaskModel
 from metafast.rules import UpdateRule
 
@@ -21,10 +22,12 @@ class LoopEngine:
         self.rule = rule
         self.first_order = first_order
 
-    def inner_loop(self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int) -> Tensor:
+    def inner_loop(
+        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+    ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
         with self.task.policy():
-            return torch.cat([self._adapt(theta, x, y, steps) for x, y in zip(support_x, support_y)])
+            return torch.cat([self._adapt(theta, x, y, steps, batch) for x, y in zip(support_x, support_y)])
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""
@@ -32,16 +35,17 @@ class LoopEngine:
         with self.task.policy():
             return torch.stack([self.task.forward(split(p), constants, v) for p, v in zip(phi, x)])
 
-    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None) -> Tensor:
         """(1, P) parameters of one task with support x (Ns, ...), y (Ns, ...)."""
         phi = theta.unsqueeze(0)
         state = self.rule.init(phi)
-        for _ in range(steps):
+        for k in range(steps):
             second_order = torch.is_grad_enabled() and not self.first_order
             with torch.enable_grad():
                 # Without a graph to build on (no_grad, or frozen parameters) the step still needs its own gradient.
                 at = phi if phi.requires_grad else phi.detach().requires_grad_()
-                loss = self.task.task_loss(self.task.layout.split(at[0]), self.task.constants(), x, y)
+                support = support_of(x, y, k, batch)
+                loss = self.task.task_loss(self.task.layout.split(at[0]), self.task.constants(), *support)
                 (grads,) = torch.autograd.grad(loss, at, create_graph=second_order)
             phi, state = self.rule.step(phi, grads, state)
         return phi

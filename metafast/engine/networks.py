@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,24 @@ def compiled(lowered: Lowered, loss: str, dtype: torch.dtype) -> Any:
         return extension.Engine(*lowered.descriptor(loss), dtype)
     except ValueError as error:
         raise NotLowered(f"the engine refuses the network: {error}") from error
+
+
+class Inner(NamedTuple):
+    """An inner loop that is one call of the extension.
+
+    Attributes:
+        steps: K.
+        rates: of phi - rate g: one for all, or (1, P) or (K, P).
+        first_order: drop the Hessian term.
+        batch: support samples of a step, None: all.
+        query_weights: v_1..v_K of the query losses after each step, None: only the last counts.
+    """
+
+    steps: int
+    rates: float | Tensor
+    first_order: bool
+    batch: int | None
+    query_weights: tuple[float, ...] | None
 
 
 class NativeNetwork:
@@ -63,20 +81,15 @@ class NativeNetwork:
         return torch.cat([p.detach().reshape(-1) for p in self._frozen])
 
     def meta_step(
-        self,
-        episodes: Episodes,
-        steps: int,
-        rate: float,
-        first_order: bool,
-        weights: Tensor | None,
-        accumulate: bool = False,
+        self, episodes: Episodes, inner: Inner, weights: Tensor | None, accumulate: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """loss, losses (T,), logits (T, Nq, D) and accuracy (T,) of MAML's inner loop, phi - rate g.
+        """loss, losses (T,), logits (T, Nq, D) and accuracy (T,) of an inner loop of steps phi - rate g.
 
-        The first three are differentiable in the parameters; with ``accumulate`` they are not, and the meta-gradient is
-        added to the parameters' ``.grad``.
+        The first three are differentiable in the parameters and the rates; with ``accumulate`` they are not, and the
+        meta-gradient is added to the parameters' ``.grad``.
         """
         call = self.engine.accumulate if accumulate else self.engine.meta_step
+        even = isinstance(inner.rates, float)
         result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
             self.parameters,
             self.constants(),
@@ -84,10 +97,12 @@ class NativeNetwork:
             episodes.support_y,
             episodes.query_x,
             episodes.query_y,
-            steps,
-            rate,
-            None,
-            first_order,
+            inner.steps,
+            inner.rates if even else 0.0,
+            None if even else inner.rates,
+            inner.first_order,
+            inner.batch or 0,
+            inner.query_weights or (),
             weights,
         )
         return result

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.engine.networks import NativeNetwork
+from metafast.engine.batches import check_batch
+from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.learners.hand import TaskLearner
 from metafast.losses import LossSpec, resolve_loss
-from metafast.rules import SGD, UpdateRule
+from metafast.rules import UpdateRule
 
 
 class GradientLearner(nn.Module):
@@ -34,6 +37,10 @@ class GradientLearner(nn.Module):
         learn_init: whether theta receives a meta-gradient; the rule's parameters always do.
         batch_norm: ``"batch"``: statistics of the support or query batch itself, in training and evaluation (MAML
             paper); ``"running"``: the stored running statistics as constants. Neither writes them.
+        query_weights: v_1..v_K: the objective is then sum_t w_t sum_k v_k L_query(phi_k), MAML++'s multi-step loss
+            (Antoniou et al. 2019, arXiv:1810.09502); may be set anew between calls, as it anneals them.
+        support_batch: samples of the support set that an inner step sees: step k the k-th so many, round and round;
+            a divisor of the support set's size. None: all of them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, named; a model without trainable parameters.
@@ -48,6 +55,8 @@ class GradientLearner(nn.Module):
         first_order: bool = False,
         learn_init: bool = True,
         batch_norm: str = "batch",
+        query_weights: Sequence[float] | None = None,
+        support_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.model = _check.module("model", model)
@@ -59,6 +68,23 @@ class GradientLearner(nn.Module):
         self.learn_init = _check.flag("learn_init", learn_init)
         self._task = TaskModel(model, resolve_loss(loss), batch_norm)
         self._engines = EngineChoice(self._task, rule, first_order)
+        self.query_weights = query_weights
+        self.support_batch = (
+            None if support_batch is None else _check.integer("support_batch", support_batch, minimum=1)
+        )
+
+    @property
+    def query_weights(self) -> tuple[float, ...] | None:
+        """v_1..v_K, how much the query loss after each step counts; None: only that after the last."""
+        return self._query_weights
+
+    @query_weights.setter
+    def query_weights(self, weights: Sequence[float] | None) -> None:
+        if weights is not None:
+            weights = tuple(_check.number("query_weights", w) for w in weights)
+            if len(weights) != self.steps or not weights:
+                raise ValueError(f"query_weights: expected {self.steps} numbers, one a step, got {len(weights)}")
+        self._query_weights = weights
 
     def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
@@ -74,11 +100,10 @@ class GradientLearner(nn.Module):
             TypeError, ValueError: episodes or weights that do not fit the model, before any work.
         """
         network = self._check(episodes, weights)
-        if network is not None and self._fused(weights):
-            return self._meta_step(network, episodes, weights, accumulate=False)
-        phi = self._inner_loop(episodes.support_x, episodes.support_y, self.steps)
-        logits = self._engine(episodes.support_x, episodes.support_y).forward(phi, episodes.query_x)
-        losses = self._task.loss.per_task(logits, episodes.query_y)
+        inner = None if network is None else self._fused(weights)
+        if network is not None and inner is not None:
+            return Outcome(*network.meta_step(episodes, inner, weights))
+        losses, logits = self._query(episodes)
         return outcome(losses, logits, episodes.query_y, weights)
 
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
@@ -87,8 +112,9 @@ class GradientLearner(nn.Module):
         The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there.
         """
         network = self._check(episodes, weights)
-        if network is not None and self._fused(weights):
-            return self._meta_step(network, episodes, weights, accumulate=True)
+        inner = None if network is None else self._fused(weights)
+        if network is not None and inner is not None and not _learned(inner.rates):
+            return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
         if out.loss.requires_grad:
@@ -113,6 +139,7 @@ class GradientLearner(nn.Module):
         check_set("support_x", support_x, "support_y", support_y)
         shape = self._task.check_inputs("support_x", support_x)
         self._task.loss.check("support_x", "support_y", support_y, shape)
+        check_batch(self.support_batch, "support_x", support_x.shape[1])
         phi = self._inner_loop(support_x, support_y, steps)
         return Adapted(self._task, self._engine(support_x, support_y), phi)
 
@@ -131,17 +158,35 @@ class GradientLearner(nn.Module):
         return self._engines(x, y)
 
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
-        return self._engine(x, y).inner_loop(self._theta(), x, y, steps)
+        return self._engine(x, y).inner_loop(self._theta(), x, y, steps, self.support_batch)
 
-    def _fused(self, weights: Tensor | None) -> bool:
-        """Whether inner loop and adjoint are one native call: the rule is phi - lr g, and theta is what is learned."""
-        return type(self.rule) is SGD and self.learn_init and (weights is None or not weights.requires_grad)
+    def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
+        x, y = episodes.support_x, episodes.support_y
 
-    def _meta_step(
-        self, network: NativeNetwork, episodes: Episodes, weights: Tensor | None, *, accumulate: bool
-    ) -> Outcome:
-        assert isinstance(self.rule, SGD)
-        return Outcome(*network.meta_step(episodes, self.steps, self.rule.lr, self.first_order, weights, accumulate))
+        def judged(steps: int) -> tuple[Tensor, Tensor]:
+            logits = self._engine(x, y).forward(self._inner_loop(x, y, steps), episodes.query_x)
+            return self._task.loss.per_task(logits, episodes.query_y), logits
+
+        losses, logits = judged(self.steps)
+        if self.query_weights is None:
+            return losses, logits
+        *earlier, last = self.query_weights
+        losses = last * losses
+        for k, weight in enumerate(earlier, 1):
+            # From the start each time: short of one native call this is simple, and as exact.
+            if weight != 0:
+                losses = losses + weight * judged(k)[0]
+        return losses, logits
+
+    def _fused(self, weights: Tensor | None) -> Inner | None:
+        """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, and theta learned."""
+        if not self.learn_init or (weights is not None and weights.requires_grad):
+            return None
+        rates = self.rule.plain_rates(self.steps)
+        if rates is None:
+            return None
+        return Inner(self.steps, rates, self.first_order, self.support_batch, self.query_weights)
 
     def _check(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
         """The native network for the episodes, if there is one; raises where they do not fit."""
@@ -165,6 +210,11 @@ class GradientLearner(nn.Module):
             x_name, y_name = f"{part}_x", f"{part}_y"
             shape = self._task.check_inputs(x_name, getattr(episodes, x_name))
             self._task.loss.check(x_name, y_name, getattr(episodes, y_name), shape)
+        check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
+
+
+def _learned(rates: float | Tensor) -> bool:
+    return isinstance(rates, Tensor) and rates.requires_grad
 
 
 class Adapted:

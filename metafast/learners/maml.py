@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from metafast.learners.base import GradientLearner
 from metafast.losses import LossSpec
-from metafast.rules import SGD
+from metafast.rules import SGD, PartialSGD
 
 
 class MAML(GradientLearner):
@@ -23,6 +25,10 @@ class MAML(GradientLearner):
         loss: ``"cross_entropy"``, ``"mse"`` or a callable (outputs (N, ...), targets (N, ...)) -> scalar.
         first_order: drop the Hessian term of the meta-gradient.
         batch_norm: ``"batch"`` statistics (default) or the stored ``"running"`` ones; see :class:`GradientLearner`.
+        adapts: names of the parameters or modules that the inner loop moves, as for ANIL or BOIL; see
+            :class:`~metafast.rules.PartialSGD`. None: all.
+        query_weights: MAML++'s multi-step loss; see :class:`GradientLearner`.
+        support_batch: support samples of an inner step; see :class:`GradientLearner`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, named.
@@ -45,5 +51,18 @@ class MAML(GradientLearner):
         loss: LossSpec = "cross_entropy",
         first_order: bool = False,
         batch_norm: str = "batch",
+        adapts: Sequence[str] | None = None,
+        query_weights: Sequence[float] | None = None,
+        support_batch: int | None = None,
     ) -> None:
-        super().__init__(model, SGD(lr), steps, loss, first_order, batch_norm=batch_norm)
+        rule = SGD(lr) if adapts is None else PartialSGD(model, adapts, lr)
+        super().__init__(
+            model,
+            rule,
+            steps,
+            loss,
+            first_order,
+            batch_norm=batch_norm,
+            query_weights=query_weights,
+            support_batch=support_batch,
+        )

@@ -6,7 +6,7 @@ here is shared with the engines but :class:`~metafast.Episodes`, the losses and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from metafast.lstm import LSTMOptimizer
 from metafast.reference.lstm import lstm_step
 
 Parameters = dict[str, Tensor]
+Gradient = Callable[[Parameters, int], Parameters]  # of the support loss that step k sees
 
 
 def maml(
@@ -32,6 +33,9 @@ def maml(
     first_order: bool = False,
     weights: Tensor | None = None,
     batch_norm: str = "batch",
+    adapts: Sequence[str] | None = None,
+    query_weights: Sequence[float] | None = None,
+    support_batch: int | None = None,
 ) -> Outcome:
     """MAML and, with ``first_order``, FOMAML (Finn et al. 2017); arguments as :class:`metafast.MAML`.
 
@@ -41,13 +45,20 @@ def maml(
         >>> maml(model, episodes, lr=0.01, steps=2, loss="mse").loss.backward()
     """
 
-    def adapt(params: Parameters, gradient: Callable[[Parameters], Parameters]) -> Parameters:
-        for _ in range(steps):
-            grads = gradient(params)
-            params = {name: value - lr * grads[name] for name, value in params.items()}
-        return params
+    def moves(name: str) -> bool:
+        return adapts is None or any(name == a or name.startswith(f"{a}.") for a in adapts)
 
-    return _over_tasks(model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm)
+    def adapt(params: Parameters, gradient: Gradient) -> list[Parameters]:
+        path = [params]
+        for k in range(steps):
+            grads = gradient(params, k)
+            params = {name: value - lr * grads[name] if moves(name) else value for name, value in params.items()}
+            path.append(params)
+        return path
+
+    return _over_tasks(
+        model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch
+    )
 
 
 def lomaml(
@@ -65,16 +76,18 @@ def lomaml(
     """LOMAML: MAML's loop with the learned LSTM's output for the gradient; arguments as :class:`metafast.LOMAML`."""
     psi = list(optimizer.weights)
 
-    def adapt(params: Parameters, gradient: Callable[[Parameters], Parameters]) -> Parameters:
+    def adapt(params: Parameters, gradient: Gradient) -> list[Parameters]:
         states = {name: optimizer.init(value.numel()) for name, value in params.items()}
-        for _ in range(steps):
-            grads = gradient(params)
+        path = [params]
+        for k in range(steps):
+            grads = gradient(params, k)
             stepped = {}
             for name, value in params.items():
                 update, states[name] = lstm_step(grads[name].reshape(-1), states[name], psi, optimizer.p)
                 stepped[name] = value - lr * update.reshape(value.shape)
             params = stepped
-        return params
+            path.append(params)
+        return path
 
     return _over_tasks(model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm)
 
@@ -109,28 +122,43 @@ def protonets(
 def _over_tasks(
     model: nn.Module,
     episodes: Episodes,
-    adapt: Callable[[Parameters, Callable[[Parameters], Parameters]], Parameters],
+    adapt: Callable[[Parameters, Gradient], list[Parameters]],
     loss: Loss,
     first_order: bool,
     weights: Tensor | None,
     batch_norm: str,
+    query_weights: Sequence[float] | None = None,
+    support_batch: int | None = None,
 ) -> Outcome:
-    """Adapt to each task in turn and judge on its queries; differentiable by autograd's own graph."""
+    """Adapt to each task in turn and judge on its queries; differentiable by autograd's own graph.
+
+    ``adapt`` gives phi_0..phi_K.
+    """
     check_policy(batch_norm, model)
     theta: Parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses, logits = [], []
     with policy(model, batch_norm):
         for t in range(episodes.tasks):
 
-            def gradient(params: Parameters, t: int = t) -> Parameters:
-                value = loss.function(functional_call(model, params, (episodes.support_x[t],)), episodes.support_y[t])
+            def gradient(params: Parameters, k: int, t: int = t) -> Parameters:
+                x, y = episodes.support_x[t], episodes.support_y[t]
+                if support_batch is not None:
+                    first = k * support_batch % x.shape[0]
+                    x, y = x[first : first + support_batch], y[first : first + support_batch]
+                value = loss.function(functional_call(model, params, (x,)), y)
                 grads = torch.autograd.grad(
                     value, list(params.values()), create_graph=not first_order, allow_unused=True
                 )
                 return {name: torch.zeros_like(params[name]) if g is None else g for name, g in zip(params, grads)}
 
-            adapted = adapt(theta, gradient)
-            outputs = functional_call(model, adapted, (episodes.query_x[t],))
-            logits.append(outputs)
-            losses.append(loss.function(outputs, episodes.query_y[t]))
+            path = adapt(theta, gradient)
+            judged = [1.0] if query_weights is None else query_weights  # from the last step backwards
+            for v, params in zip(reversed(judged), reversed(path)):
+                outputs = functional_call(model, params, (episodes.query_x[t],))
+                part = v * loss.function(outputs, episodes.query_y[t])
+                if params is path[-1]:
+                    logits.append(outputs)
+                    losses.append(part)
+                else:
+                    losses[-1] = losses[-1] + part
     return outcome(torch.stack(losses), torch.stack(logits), episodes.query_y, weights)
