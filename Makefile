@@ -1,6 +1,7 @@
 # make demo   train on real letters and compare with the reference implementations
 # make test   everything that CI runs
 # make sanitize  the kernels' tests under AddressSanitizer and UBSan (CI runs this too)
+# make aarch64  compile the kernels and the engine for 64-bit ARM (wants g++-aarch64-linux-gnu)
 # make bench  every workload, into benchmarks/results
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
@@ -15,7 +16,7 @@ NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -na
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint pytest isas sanitize format demo bench peers clean
+.PHONY: help build test lint pytest isas sanitize aarch64 format demo bench peers clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -61,6 +62,13 @@ sanitize: build
 	cp -r tests $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(abspath $(BIN))/python -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir . tests/engine tests/ops
+
+# What includes no torch, which has no headers for it here.
+aarch64:
+	for file in $$(ls csrc/engine/*.cpp csrc/cpu/*.cpp | grep -v -e _avx); do \
+	  aarch64-linux-gnu-g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror \
+	    -c -o /dev/null $$file || exit 1; \
+	done
 
 format: build
 	$(BIN)/ruff check --fix .

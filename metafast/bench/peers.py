@@ -137,7 +137,7 @@ def _jax(problem: Problem) -> Prepared:
 
 
 # torch.compile was not done with Conv4 over five steps after nine minutes, and gained nothing over one; JAX: see there.
-_DENSE = ("mlp", "omniglot_fc")
+_DENSE = ("mlp", "omniglot_fc", "tanh_mlp")
 
 LEARN2LEARN = Side("learn2learn", _learn2learn, ("maml", "protonets"), package="learn2learn")
 HIGHER = Side("higher", _higher, ("maml",), package="higher")

@@ -23,7 +23,8 @@ class Workload:
         name: what ``--workload`` takes.
         title: one line for people.
         learner: "maml", "lomaml" or "protonets".
-        net: "mlp", "conv4", "encoder" (Conv4 without its classifier) or "omniglot_fc".
+        net: "mlp", "conv4", "encoder" (Conv4 without its classifier), "omniglot_fc", "tanh_mlp", "strided" or
+            "three_blocks".
         tasks: T.
         ways: classes of a task; 0 for regression on sinusoids.
         shots: support samples a class (points, for regression).
@@ -93,11 +94,28 @@ def build(workload: Workload, seed: int = 0) -> Problem:
     return Problem(workload, model, optimizer, episodes)
 
 
+def _strided(w: Workload) -> nn.Module:
+    """5 x 5 kernels of stride 2."""
+    c = w.width
+    convolutions = [nn.Conv2d(w.image[0], c, 5, 2, 2), nn.ReLU(), nn.Conv2d(c, c, 5, 2, 2), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(c * (w.image[1] // 4) ** 2, w.ways))
+
+
+def _three_blocks(w: Workload) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs in (w.image[0], w.width, w.width):
+        layers += [nn.Conv2d(inputs, w.width, 3, padding=1), nn.BatchNorm2d(w.width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(w.width * (w.image[1] // 8) ** 2, w.ways))
+
+
 _NETS: dict[str, Callable[[Workload], nn.Module]] = {
     "mlp": lambda w: MLP(1, (40, 40), 1),
     "conv4": lambda w: Conv4(w.ways, w.width, in_channels=w.image[0], image_size=w.image[1]),
     "encoder": lambda w: Conv4Encoder(w.width, in_channels=w.image[0], image_size=w.image[1]),
     "omniglot_fc": lambda w: OmniglotFC(w.ways),
+    "tanh_mlp": lambda w: MLP(w.image[0], (64, 96, 64), w.ways, "tanh"),
+    "strided": _strided,
+    "three_blocks": _three_blocks,
 }
 
 
@@ -179,6 +197,43 @@ _ALL = (
         title="fully connected Omniglot net, T=32, 5-way 1-shot, 25 query images, K=1",
         net="omniglot_fc",
         queries=5,
+    ),
+    # Shapes that nothing was tuned for.
+    replace(
+        _CONV4,
+        name="odd-mlp",
+        title="tanh MLP 3-64-96-64-2, T=17, 2-way 5-shot, 7 queries a class, K=3",
+        net="tanh_mlp",
+        tasks=17,
+        ways=2,
+        shots=5,
+        queries=7,
+        steps=3,
+        lr=0.05,
+        image=(3,),
+    ),
+    replace(
+        _CONV4,
+        name="odd-strided",
+        title="two 5x5 convolutions of stride 2, 12 channels, 28x28x1, T=16, 5-way 1-shot, 15 query images, K=2",
+        net="strided",
+        tasks=16,
+        queries=3,
+        steps=2,
+        lr=0.05,
+        width=12,
+    ),
+    replace(
+        _CONV4,
+        name="odd-blocks",
+        title="three Conv blocks of 48 channels, 28x28x1, T=8, 20-way 1-shot, 40 query images, K=2",
+        net="three_blocks",
+        tasks=8,
+        ways=20,
+        queries=2,
+        steps=2,
+        lr=0.1,
+        width=48,
     ),
     replace(
         _SINUSOID,

@@ -236,6 +236,22 @@ def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
 
 
 @native
+@pytest.mark.parametrize(("width", "image", "samples"), [(64, (1, 28, 28), (5, 75)), (32, (3, 84, 84), (25, 75))])
+def test_memory_grows_by_the_steps_parameters_alone(
+    width: int, image: tuple[int, int, int], samples: tuple[int, int]
+) -> None:
+    """The workspace of a Conv4 thread at K=20, less phi_1..phi_K, is that at K=1 to the byte."""
+    net = mf.models.Conv4(5, width, in_channels=image[0], image_size=image[1])
+    maml = mf.MAML(net)
+    with mf.use_backend("cpu"):
+        maml.adapt(torch.zeros(1, 1, *image), torch.zeros(1, 1, dtype=torch.int64))
+    engine = network_of(maml).engine
+    (one, its_tape), (twenty, their_tape) = (engine.workspace(*samples, steps) for steps in (1, 20))
+    assert their_tape == 20 * its_tape
+    assert twenty - their_tape == one - its_tape
+
+
+@native
 def test_a_changed_module_is_lowered_again() -> None:
     model, episodes = build("mlp"), episodes_for("mlp")
     maml = mf.MAML(model, lr=0.1, steps=2)
