@@ -16,8 +16,10 @@ from metafast import _check
 from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
+from metafast.ops.lstm import lstm_vjp
 
 State = tuple[Tensor, ...]
+Cotangents = tuple[Tensor | None, ...]
 
 
 class UpdateRule(nn.Module, ABC):
@@ -42,6 +44,17 @@ class UpdateRule(nn.Module, ABC):
     @abstractmethod
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         """Parameters (T, P) and state after a step along grads (T, P)."""
+
+    def vjp(
+        self, params: Tensor, grads: Tensor, state: State, lam: Tensor, lam_state: Cotangents
+    ) -> tuple[Cotangents, Cotangents] | None:
+        """Pull the cotangents lam of the new parameters and lam_state of the new state back through one step.
+
+        Returns:
+            Cotangents of (params, grads, *state) and of the rule's parameters, None where nothing flows; or None
+            instead of both where the rule has no formula of its own, and autograd goes through :meth:`step`.
+        """
+        return None
 
     def plain_rates(self, steps: int) -> float | Tensor | None:
         """The rates, if the rule is phi - rate g, whatever phi, g and the state: the whole meta-step is then one call.
@@ -253,6 +266,18 @@ class LearnedRule(UpdateRule):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         updates, carried = self.optimizer(grads.reshape(-1), state[0])
         return inner_update(params, updates.view_as(params), self.lr), (carried,)
+
+    def vjp(
+        self, params: Tensor, grads: Tensor, state: State, lam: Tensor, lam_state: Cotangents
+    ) -> tuple[Cotangents, Cotangents] | None:
+        optimizer = self.optimizer
+        if type(self) is not LearnedRule or type(optimizer) is not LSTMOptimizer or optimizer._forward_hooks:
+            return None
+        carried = lam_state[0] if lam_state else None
+        d_updates = (-self.lr * lam).reshape(-1)
+        weights = list(optimizer.weights)
+        d_grads, d_state, d_weights = lstm_vjp(d_updates, carried, grads.reshape(-1), state[0], weights, optimizer.p)
+        return (lam, d_grads.view_as(grads), d_state), d_weights
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}"

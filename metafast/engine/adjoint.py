@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from metafast.engine.batches import support_of
 from metafast.engine.task_model import TaskModel
-from metafast.rules import State, UpdateRule
+from metafast.rules import Cotangents, State, UpdateRule
 
 
 class AdjointEngine(ABC):
@@ -115,9 +115,6 @@ class _Forward(torch.autograd.Function):
         return None, ctx.engine.pullback(phi, x, cotangent), None
 
 
-Cotangents = tuple[Tensor | None, ...]
-
-
 def _rule_vjp(
     rule: UpdateRule,
     at: tuple[Tensor, Tensor, State],
@@ -126,6 +123,14 @@ def _rule_vjp(
     d_psi: list[Tensor],
 ) -> tuple[Tensor, Tensor, Cotangents]:
     """lam_phi, lam_g, lam_s of one step of the rule at (phi, g, s); adds the part of psi to ``d_psi``."""
+    own = rule.vjp(*at, lam, lam_state)
+    if own is not None:
+        (own_phi, own_g, *own_state), own_psi = own
+        for total, part in zip(d_psi, own_psi):
+            if part is not None:
+                total += part
+        assert own_phi is not None and own_g is not None
+        return own_phi, own_g, tuple(own_state)
     with torch.enable_grad():
         phi, grads, *state = (_leaf(t) for t in (at[0], at[1], *at[2]))
         new_phi, new_state = rule.step(phi, grads, tuple(state))

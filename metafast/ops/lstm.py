@@ -1,14 +1,27 @@
-"""One step of the coordinatewise LSTM optimiser (Andrychowicz et al. 2016) on a vector of gradients."""
+"""One step of the coordinatewise LSTM optimiser (Andrychowicz et al. 2016) on a vector of gradients.
+
+From the public function to the loop: :func:`lstm_update` here (checks, with the user's names) -> csrc/torch/lstm.cpp ->
+csrc/cpu/lstm_kernel.h. Without kernels for the tensors at hand: :func:`_twin`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafast import _check
+from metafast import _check, _native
+
+_LIBRARY = torch.library.Library("metafast", "FRAGMENT")
+_LIBRARY.define("lstm_update(Tensor grads, Tensor state, Tensor[] weights, float p) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "lstm_update_backward(Tensor? d_updates, Tensor? d_next, Tensor grads, Tensor state, Tensor[] weights, float p)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_MOST_LAYERS = 8  # of the kernels, csrc/lstm.h
 
 
 def _preprocess(grads: Tensor, p: float) -> Tensor:
@@ -80,9 +93,17 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
         torch.Size([3])
     """
     layers = _check_arguments(grads, state, weights, p)
+    if layers <= _MOST_LAYERS and _native.runs("grads", grads, state, *weights):
+        updates, carried = torch.ops.metafast.lstm_update(grads, state, list(weights), p)
+        return updates, carried
+    return _twin(grads, state, list(weights), p)
+
+
+def _twin(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tuple[Tensor, Tensor]:
+    """The operator in PyTorch's own operations."""
     z = _preprocess(grads, p)
     carried = []
-    for layer in range(layers):
+    for layer in range(state.shape[0]):
         w_input, w_hidden, bias = weights[3 * layer : 3 * layer + 3]
         h, c = state[layer]
         gates = torch.addmm(bias, z, w_input.t()) + h @ w_hidden.t()
@@ -91,3 +112,105 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
         z = o.sigmoid() * c.tanh()
         carried.append(torch.stack((z, c)))
     return z @ weights[-2] + weights[-1], torch.stack(carried)
+
+
+def _twin_backward(
+    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of grads, of state and of all weights in a row, by autograd through the twin."""
+    d_grads, d_state, *d_weights = _pull(d_updates, d_next, [grads, state, *weights], p, again=False)
+    return d_grads, d_state, torch.cat([d.reshape(-1) for d in d_weights])
+
+
+def _pull(
+    d_updates: Tensor | None, d_next: Tensor | None, inputs: list[Tensor], p: float, again: bool
+) -> tuple[Tensor, ...]:
+    """Cotangents of the inputs through the twin; ``again``: differentiable, in the inputs and in the cotangents."""
+    with torch.enable_grad():
+        # Of their own, or autograd would go on to where they come from.
+        leaves = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        outputs = _twin(leaves[0], leaves[1], leaves[2:], p)
+    pairs = [(o, d) for o, d in zip(outputs, (d_updates, d_next)) if d is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], leaves, [d for _, d in pairs], create_graph=again, materialize_grads=True
+    )
+    return found
+
+
+def _fake(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tuple[Tensor, Tensor]:
+    return grads.new_empty(grads.shape), state.new_empty(state.shape)
+
+
+def _fake_backward(
+    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = sum(w.numel() for w in weights)
+    return grads.new_empty(grads.shape), state.new_empty(state.shape), grads.new_empty(count)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, list[Tensor], float], output: Any) -> None:
+    grads, state, weights, ctx.p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grads, state, *weights)
+
+
+def _backward(ctx: Any, d_updates: Tensor | None, d_next: Tensor | None) -> tuple[Any, ...]:
+    grads, state, *weights = ctx.saved_tensors
+    if d_updates is None and d_next is None:
+        return None, None, [None] * len(weights), None
+    if torch.is_grad_enabled():
+        # The kernel has no derivative of its own; the twin has them all.
+        d_grads, d_state, *rest = _pull(d_updates, d_next, [grads, state, *weights], ctx.p, again=True)
+        return d_grads, d_state, rest, None
+    d_grads, d_state, d_weights = lstm_vjp(d_updates, d_next, grads, state, weights, ctx.p)
+    return d_grads, d_state, list(d_weights), None
+
+
+def lstm_vjp(
+    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Cotangents of grads, state and each of the weights for those of the updates and of the next state; unchecked."""
+    cotangents = [d for d in (d_updates, d_next) if d is not None]
+    kernels = state.shape[0] <= _MOST_LAYERS and _native.runs("grads", grads, state, *weights, *cotangents)
+    run = torch.ops.metafast.lstm_update_backward if kernels else _twin_backward
+    d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p)
+    parts = flat.split([w.numel() for w in weights])
+    return d_grads, d_state, tuple(part.view(w.shape) for part, w in zip(parts, weights))
+
+
+def _batched(
+    info: Any, in_dims: tuple[Any, ...], grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Under vmap: coordinates are independent, so that a batch of them is more coordinates."""
+    weight_dims = in_dims[2] or (None,) * len(weights)
+    if any(dim is not None for dim in weight_dims):
+
+        def part(t: Tensor, dim: int | None, b: int) -> Tensor:
+            return t if dim is None else t.select(dim, b)
+
+        each = [
+            torch.ops.metafast.lstm_update(
+                part(grads, in_dims[0], b),
+                part(state, in_dims[1], b),
+                [part(w, dim, b) for w, dim in zip(weights, weight_dims)],
+                p,
+            )
+            for b in range(info.batch_size)
+        ]
+        return (torch.stack([u for u, _ in each]), torch.stack([s for _, s in each])), (0, 0)
+    grads = grads.expand(info.batch_size, -1) if in_dims[0] is None else grads.movedim(in_dims[0], 0)
+    state = (
+        state.unsqueeze(0).expand(info.batch_size, *state.shape) if in_dims[1] is None else state.movedim(in_dims[1], 0)
+    )
+    batch, count = grads.shape
+    joined = state.movedim(0, 2).reshape(*state.shape[1:3], batch * count, state.shape[-1])
+    updates, carried = torch.ops.metafast.lstm_update(grads.reshape(-1), joined, weights, p)
+    return (updates.view(batch, count), carried.view(*joined.shape[:2], batch, count, -1)), (0, 2)
+
+
+_LIBRARY.impl("lstm_update", _twin, "CompositeExplicitAutograd")
+_LIBRARY.impl("lstm_update_backward", _twin_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("metafast::lstm_update", _fake, lib=_LIBRARY)
+torch.library.register_fake("metafast::lstm_update_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("metafast::lstm_update", _backward, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_vmap("metafast::lstm_update", _batched, lib=_LIBRARY)

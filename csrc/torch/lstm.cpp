@@ -1,0 +1,183 @@
+// lstm_update and lstm_update_backward, the front door from torch to the kernels of the coordinatewise LSTM.
+//
+// From the public function to the loop: metafast/ops/lstm.py (checks with the user's names, schemas, fake
+// kernels, derivatives) -> here -> cpu/lstm_kernel.h.
+#include "../cpu/lstm.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <numeric>
+
+#include "../cpu/isa.h"
+
+namespace metafast {
+namespace {
+
+using at::Tensor;
+
+constexpr cpu::IsaTables<cpu::LstmTable> kTables = METAFAST_ISA_TABLES(cpu::kLstm);
+
+template <class Real>
+const cpu::LstmFunctions<Real>& functions() {
+  if constexpr (std::is_same_v<Real, float>) {
+    return kTables.current().float32;
+  } else {
+    return kTables.current().float64;
+  }
+}
+
+// The arguments as memory, held as long as this.
+template <class Real>
+struct Held {
+  std::vector<Tensor> tensors;
+  std::vector<const Real*> weights;
+  std::vector<int64_t> gate_rows;
+  Lstm<Real> lstm{};
+
+  const Real* hold(const Tensor& t) {
+    tensors.push_back(t.contiguous());
+    return tensors.back().template const_data_ptr<Real>();
+  }
+};
+
+void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
+  const auto check_one = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t.device());
+    TORCH_CHECK_TYPE(t.scalar_type() == grads.scalar_type(), name, ": expected dtype ", grads.scalar_type(),
+                     ", got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
+  };
+  TORCH_CHECK_TYPE(grads.scalar_type() == at::kFloat || grads.scalar_type() == at::kDouble,
+                   "grads: expected float32 or float64, got ", grads.scalar_type());
+  TORCH_CHECK_VALUE(state.dim() == 4, "state: expected (L, 2, N, H), got ", state.sizes());
+  const int64_t layers = state.size(0), hidden = state.size(3);
+  TORCH_CHECK_VALUE(layers >= 1 && layers <= kMostLstmLayers && hidden >= 1, "state: expected 1 to ",
+                    kMostLstmLayers, " layers and at least one unit, got ", state.sizes());
+  check_one("grads", grads, {grads.numel()});
+  check_one("state", state, {layers, 2, grads.numel(), hidden});
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == 3 * layers + 2, "weights: expected ", 3 * layers + 2,
+                    " tensors, got ", weights.size());
+  for (int64_t l = 0; l < layers; ++l) {
+    check_one("weights", weights[3 * l], {4 * hidden, l == 0 ? 2 : hidden});
+    check_one("weights", weights[3 * l + 1], {4 * hidden, hidden});
+    check_one("weights", weights[3 * l + 2], {4 * hidden});
+  }
+  check_one("weights", weights[3 * layers], {hidden});
+  check_one("weights", weights[3 * layers + 1], {});
+}
+
+template <class Real>
+Held<Real> hold(const Tensor& grads, const Tensor& state, at::TensorList weights, double p) {
+  Held<Real> held;
+  held.tensors.reserve(weights.size() + 4);  // what is given away points to memory of these
+  Lstm<Real>& a = held.lstm;
+  a.coordinates = grads.numel();
+  a.layers = state.size(0);
+  a.hidden = state.size(3);
+  a.p = Real(p), a.least = Real(std::exp(-p)), a.steep = Real(std::exp(p));
+  a.grads = held.hold(grads);
+  a.state = held.hold(state);
+  for (const Tensor& w : weights) held.weights.push_back(held.hold(w));
+  a.weights = held.weights.data();
+  for (int64_t g = 0; g < 4 * a.hidden; ++g) held.gate_rows.push_back(g * kLstmBlock<Real>);
+  a.gate_rows = held.gate_rows.data();
+  return held;
+}
+
+// run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
+constexpr int64_t kMostParts = 64;
+
+template <class Real, class Run>
+int64_t for_each_part(const Lstm<Real>& a, const at::TensorOptions& options, const Run& run) {
+  const int64_t blocks = (a.coordinates + kLstmBlock<Real> - 1) / kLstmBlock<Real>;
+  const int64_t parts = std::min(blocks, kMostParts),
+                threads = std::min<int64_t>(parts, at::get_num_threads());
+  const int64_t size = functions<Real>().workspace(a);
+  const Tensor workspaces = at::empty({threads, size}, options);
+  Real* const memory = workspaces.mutable_data_ptr<Real>();
+  // torch's own threads, not the pool of the engine: torch's operations around this one leave them spinning
+  // for milliseconds, on the cores that a pool would want. Whoever is free takes the next part.
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+    for (int64_t part = taken++; part < parts; part = taken++) {
+      run(part, part * blocks / parts, (part + 1) * blocks / parts, memory + worker * size);
+    }
+  });
+  return parts;
+}
+
+std::tuple<Tensor, Tensor> lstm_update(const Tensor& grads, const Tensor& state, at::TensorList weights,
+                                       double p) {
+  check(grads, state, weights);
+  const Tensor updates = at::empty(grads.sizes(), grads.options()),
+               next = at::empty(state.sizes(), state.options());
+  if (grads.numel() == 0) return {updates, next};
+  const auto run = [&](auto real) {
+    using Real = decltype(real);
+    Held<Real> held = hold<Real>(grads, state, weights, p);
+    held.lstm.updates = updates.mutable_data_ptr<Real>();
+    held.lstm.next = next.mutable_data_ptr<Real>();
+    for_each_part(held.lstm, grads.options(), [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
+      functions<Real>().forward(held.lstm, begin, end, workspace);
+    });
+  };
+  grads.scalar_type() == at::kFloat ? run(float()) : run(double());
+  return {updates, next};
+}
+
+// The cotangents of grads and state, and those of the weights one after the other.
+std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tensor>& d_updates,
+                                                        const std::optional<Tensor>& d_next,
+                                                        const Tensor& grads, const Tensor& state,
+                                                        at::TensorList weights, double p) {
+  check(grads, state, weights);
+  TORCH_CHECK_VALUE(!d_updates || d_updates->sizes() == grads.sizes(), "d_updates: expected shape ",
+                    grads.sizes());
+  TORCH_CHECK_VALUE(!d_next || d_next->sizes() == state.sizes(), "d_next: expected shape ", state.sizes());
+  for (const auto* d : {&d_updates, &d_next}) {
+    TORCH_CHECK_TYPE(!*d || (*d)->scalar_type() == grads.scalar_type(), "cotangents: expected dtype ",
+                     grads.scalar_type());
+  }
+  const int64_t count = std::accumulate(weights.begin(), weights.end(), int64_t(0),
+                                        [](int64_t sum, const Tensor& w) { return sum + w.numel(); });
+  const Tensor d_grads = at::empty(grads.sizes(), grads.options()),
+               d_state = at::empty(state.sizes(), state.options());
+  const Tensor d_weights = at::zeros({count}, grads.options());
+  if (grads.numel() == 0) return {d_grads, d_state, d_weights};
+  const auto run = [&](auto real) {
+    using Real = decltype(real);
+    Held<Real> held = hold<Real>(grads, state, weights, p);
+    Lstm<Real>& a = held.lstm;
+    a.d_updates = d_updates ? held.hold(*d_updates) : nullptr;
+    a.d_next = d_next ? held.hold(*d_next) : nullptr;
+    a.d_grads = d_grads.mutable_data_ptr<Real>();
+    a.d_state = d_state.mutable_data_ptr<Real>();
+    std::vector<Real> rows(size_t(kMostParts * count));
+    const int64_t parts =
+        for_each_part(a, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
+          functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
+        });
+    Real* const sums = d_weights.mutable_data_ptr<Real>();
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = 0; i < count; ++i) sums[i] += rows[size_t(part * count + i)];
+    }
+  };
+  grads.scalar_type() == at::kFloat ? run(float()) : run(double());
+  return {d_grads, d_state, d_weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("lstm_update", lstm_update);
+  m.impl("lstm_update_backward", lstm_update_backward);
+}
+
+}  // namespace metafast

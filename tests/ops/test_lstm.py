@@ -1,0 +1,164 @@
+"""lstm_update: the kernel against the reference's equations, forward, backward and twice; and torch's own checks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import metafast as mf
+from metafast.reference.lstm import lstm_step
+from tests.backends import native as needs_kernels
+
+BAR = 1e-10
+
+
+def problem(
+    coordinates: int, hidden: int, layers: int, dtype: torch.dtype = torch.float64, p: float = 10.0
+) -> tuple[mf.LSTMOptimizer, Tensor, Tensor]:
+    """An optimiser, gradients of all sizes (zero, tiny, large, either sign) and a state."""
+    torch.manual_seed(hidden)
+    optimizer = mf.LSTMOptimizer(hidden, layers, p).double()
+    with torch.no_grad():
+        for w in optimizer.weights:
+            w.add_(0.1 * torch.randn_like(w))
+    grads = torch.randn(coordinates, dtype=torch.float64) * 10.0 ** torch.randint(-8, 3, (coordinates,))
+    grads[::7] = 0
+    state = torch.randn(layers, 2, coordinates, hidden, dtype=torch.float64)
+    return optimizer.to(dtype), grads.to(dtype), state.to(dtype)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+SIZES = [(1, 1, 1), (2, 3, 1), (31, 20, 2), (32, 16, 2), (33, 17, 3), (257, 20, 2), (1000, 5, 1), (97, 40, 2)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("coordinates", "hidden", "layers"), SIZES)
+def test_three_steps_and_their_gradients(coordinates: int, hidden: int, layers: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    optimizer, grads, state = problem(coordinates, hidden, layers)
+    weights = list(optimizer.weights)
+    results = []
+    for step in (mf.ops.lstm_update, lstm_step):
+        g, s = grads.clone().requires_grad_(), state.clone().requires_grad_()
+        carried, total = s, torch.zeros((), dtype=torch.float64)
+        for k in range(3):
+            arguments = {"p": optimizer.p}
+            update, carried = step(g * (k + 1), carried, weights, **arguments)
+            total = total + (update * torch.arange(1, coordinates + 1)).sum()
+        total = total + (carried**2).sum()
+        results.append([update.detach(), carried.detach(), *torch.autograd.grad(total, [g, s, *weights])])
+    for found, wanted in zip(*results):
+        assert relative_error(found, wanted) < BAR
+
+
+@needs_kernels
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    optimizer, grads, state = problem(5000, 20, 2, torch.float32)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        updates, carried = mf.ops.lstm_update(grads, state, list(optimizer.weights))
+        found.append([updates, *torch.autograd.grad(updates.sum() + carried.sum(), list(optimizer.weights))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@needs_kernels
+def test_float32_errs_at_most_twice_as_much_as_torch() -> None:
+    optimizer, grads, state = problem(500, 20, 2)
+    results = {}
+    for name, dtype, backend in (
+        ("exact", torch.float64, "torch"),
+        ("torch", torch.float32, "torch"),
+        ("native", torch.float32, "cpu"),
+    ):
+        o, g, s = optimizer.to(dtype), grads.to(dtype), state.to(dtype)
+        with mf.use_backend(backend):
+            updates, carried = mf.ops.lstm_update(g, s, list(o.weights))
+            gradients = torch.autograd.grad(updates.sum() + carried.square().sum(), list(o.weights))
+        results[name] = [t.detach().double() for t in (updates, carried, *gradients)]
+    for exact, plain, found in zip(*(results[k] for k in ("exact", "torch", "native"))):
+        assert relative_error(found, exact) < 2 * relative_error(plain, exact) + 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("which", ["updates", "state"])
+def test_one_cotangent_alone(which: str) -> None:
+    optimizer, grads, state = problem(19, 4, 2)
+    weights = list(optimizer.weights)
+    pulled = []
+    for step in (mf.ops.lstm_update, lstm_step):
+        updates, carried = step(grads, state, weights, p=10.0)
+        total = updates.sum() if which == "updates" else carried[0].sum()
+        pulled.append(torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True))
+    for found, wanted in zip(*pulled):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+
+
+@needs_kernels
+def test_gradcheck_twice() -> None:
+    optimizer, _, state = problem(3, 2, 2)
+    grads = torch.tensor([0.3, -2.0, 1e-6], dtype=torch.float64)
+    inputs = [t.detach().requires_grad_() for t in (grads, state, *optimizer.weights)]
+
+    def call(grads: Tensor, state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return mf.ops.lstm_update(grads, state, weights, p=1.0)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@needs_kernels
+def test_opcheck() -> None:
+    optimizer, grads, state = problem(5, 3, 2)
+    weights = [w.detach().requires_grad_() for w in optimizer.weights]
+    torch.library.opcheck(torch.ops.metafast.lstm_update, (grads.requires_grad_(), state, weights, 10.0))
+    plain = [w.detach() for w in weights]  # it has no derivative: twice goes by the twin
+    torch.library.opcheck(
+        torch.ops.metafast.lstm_update_backward, (grads.detach(), None, grads.detach(), state, plain, 10.0)
+    )
+
+
+@needs_kernels
+def test_inside_torch_compile() -> None:
+    optimizer, grads, state = problem(5, 3, 1)
+    weights = list(optimizer.weights)
+
+    def call(grads: Tensor, state: Tensor) -> Tensor:
+        updates, state = mf.ops.lstm_update(grads, state, weights)
+        return mf.ops.lstm_update(2 * updates, state, weights)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grads, state), call(grads, state))
+
+
+@needs_kernels
+def test_under_vmap() -> None:
+    optimizer, grads, state = problem(12, 3, 2)
+    weights = list(optimizer.weights)
+    updates, carried = mf.ops.lstm_update(grads, state, weights)
+    many, many_carried = torch.vmap(lambda g, s: mf.ops.lstm_update(g, s, weights), in_dims=(0, 2), out_dims=(0, 2))(
+        grads.view(4, 3), state.view(2, 2, 4, 3, 3)
+    )
+    torch.testing.assert_close(many.reshape(-1), updates)
+    torch.testing.assert_close(many_carried.reshape(carried.shape), carried)
+    stacked = [torch.stack([w, 2 * w]) for w in weights]
+    each = torch.vmap(lambda *w: mf.ops.lstm_update(grads, state, w)[0])(*stacked)
+    torch.testing.assert_close(each[0], updates)
+
+
+@needs_kernels
+def test_no_coordinates_and_a_gradient_that_is_not_finite() -> None:
+    optimizer, _, _ = problem(3, 3, 1)
+    weights = list(optimizer.weights)
+    updates, carried = mf.ops.lstm_update(torch.empty(0, dtype=torch.float64), optimizer.init(0), weights)
+    assert updates.shape == (0,) and carried.shape == (1, 2, 0, 3)
+    updates, _ = mf.ops.lstm_update(torch.tensor([1.0, math.nan], dtype=torch.float64), optimizer.init(2), weights)
+    assert updates[0].isfinite() and updates[1].isnan()
