@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 
+def plain(number: float) -> str:
+    """Three digits, more in front of the point, and no exponent."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def table(path: Path) -> str:
     """A Markdown table: a row a side, a column a workload, medians and how many times accumulate_grad's; the file's
     numbers and no others."""
@@ -18,7 +23,7 @@ def table(path: Path) -> str:
         cells = []
         for w in workloads:
             ms = {s["side"]: 1e3 * s["median_seconds"] for s in w["sides"] if s.get("median_seconds")}
-            cells.append(f"{ms[name]:.3g} ms ({ms[name] / ms['accumulate_grad']:.3g}x)" if name in ms else "-")
+            cells.append(f"{plain(ms[name])} ms ({plain(ms[name] / ms['accumulate_grad'])}x)" if name in ms else "-")
         if set(cells) != {"-"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['isa']}, torch {machine['torch']}."]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.ops.lstm import lstm_update
+from metafast.ops.lstm import check_range, lstm_update
 
 
 class LSTMOptimizer(nn.Module):
@@ -24,7 +24,7 @@ class LSTMOptimizer(nn.Module):
     Args:
         hidden: units H of each layer, at least 1.
         layers: number of LSTM layers L, at least 1.
-        p: range of the log/sign preprocessing, above 0; gradients below exp(-p) go in linearly.
+        p: range of the log/sign preprocessing, above 0, at most 80; gradients below exp(-p) go in linearly.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range.
@@ -41,7 +41,7 @@ class LSTMOptimizer(nn.Module):
         super().__init__()
         self.hidden = _check.integer("hidden", hidden, minimum=1)
         self.layers = _check.integer("layers", layers, minimum=1)
-        self.p = _check.number("p", p, minimum=1e-6)
+        self.p = check_range(p)
         self.weights = nn.ParameterList()
         for layer in range(layers):
             inputs = 2 if layer == 0 else hidden

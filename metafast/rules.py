@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.guard import has_hooks
 from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
@@ -56,11 +57,15 @@ class UpdateRule(nn.Module, ABC):
         """
         return None
 
-    def plain_rates(self, steps: int) -> float | Tensor | None:
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         """The rates, if the rule is phi - rate g, whatever phi, g and the state: the whole meta-step is then one call.
 
+        Args:
+            steps: K.
+            dtype: the parameters'; rates that are not learned come in it.
+
         Returns:
-            One for all, or (1, P), or (K, P) for K = ``steps``, differentiable in psi; None for any other rule.
+            One for all, or (1, P), or (K, P), differentiable in psi; None for any other rule.
         """
         return None
 
@@ -82,7 +87,7 @@ class SGD(UpdateRule):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         return inner_update(params, grads, self.lr), state
 
-    def plain_rates(self, steps: int) -> float | Tensor | None:
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         return self.lr if type(self) is SGD else None  # a subclass may step otherwise
 
     def extra_repr(self) -> str:
@@ -106,21 +111,24 @@ class PartialSGD(UpdateRule):
     Example:
         >>> import metafast as mf
         >>> rule = PartialSGD(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)), adapts=["2"], lr=0.1)
-        >>> rule.rates.count_nonzero()
-        tensor(3)
+        >>> rule.moves
+        tensor([False, False, False, False, False, False, False, False,  True,  True,
+                 True])
+
+    Attributes:
+        moves: (P,) bool, which of the parameters adapt.
     """
 
-    rates: Tensor
+    moves: Tensor
 
     def __init__(self, model: nn.Module, adapts: Sequence[str], lr: float) -> None:
         super().__init__()
-        if isinstance(adapts, str) or not isinstance(adapts, Sequence) or not adapts:
+        if isinstance(adapts, str) or not isinstance(adapts, Sequence) or not adapts or not _all_strings(adapts):
             raise TypeError(f"adapts: expected names of parameters or modules, got {adapts!r}")
         self.adapts = tuple(adapts)
         self.lr = _check.number("lr", lr, minimum=0.0)
         layout = Layout.of(model)
-        flat = layout.flatten(model).detach()
-        moves = torch.zeros_like(flat)
+        moves = torch.zeros_like(layout.flatten(model).detach(), dtype=torch.bool)
         parts = moves.split(list(layout.sizes))
         for name in self.adapts:
             found = [part for key, part in zip(layout.names, parts) if key == name or key.startswith(f"{name}.")]
@@ -129,20 +137,27 @@ class PartialSGD(UpdateRule):
                     f"adapts: expected names among {', '.join(layout.names)} or their modules, got {name!r}"
                 )
             for part in found:
-                part.fill_(1.0)
-        self.register_buffer("rates", self.lr * moves, persistent=False)
+                part.fill_(True)
+        self.register_buffer("moves", moves, persistent=False)
 
     def init(self, params: Tensor) -> State:
         return ()
 
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
-        return inner_update(params, grads, self.rates), state
+        return inner_update(params, grads, self._rates(params.dtype)), state
 
-    def plain_rates(self, steps: int) -> float | Tensor | None:
-        return self.rates.unsqueeze(0) if type(self) is PartialSGD else None
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
+        return self._rates(dtype).unsqueeze(0) if type(self) is PartialSGD else None
+
+    def _rates(self, dtype: torch.dtype) -> Tensor:
+        return self.lr * self.moves.to(dtype)
 
     def extra_repr(self) -> str:
         return f"adapts={list(self.adapts)}, lr={self.lr:g}"
+
+
+def _all_strings(names: Sequence[object]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 class Momentum(UpdateRule):
@@ -198,7 +213,7 @@ class LearnedRates(UpdateRule):
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
         return inner_update(params, grads, self.rates), state
 
-    def plain_rates(self, steps: int) -> float | Tensor | None:
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         return self.rates.unsqueeze(0) if type(self) is LearnedRates else None
 
 
@@ -237,7 +252,7 @@ class LayerRates(UpdateRule):
             raise ValueError(f"steps: this rule has rates for {self.rates.shape[0]} steps, got another")
         return inner_update(params, grads, self.rates[k][self.tensor_of]), (state[0] + 1,)
 
-    def plain_rates(self, steps: int) -> float | Tensor | None:
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         if type(self) is not LayerRates:
             return None
         if steps > self.rates.shape[0]:
@@ -271,13 +286,23 @@ class LearnedRule(UpdateRule):
         self, params: Tensor, grads: Tensor, state: State, lam: Tensor, lam_state: Cotangents
     ) -> tuple[Cotangents, Cotangents] | None:
         optimizer = self.optimizer
-        if type(self) is not LearnedRule or type(optimizer) is not LSTMOptimizer or optimizer._forward_hooks:
+        if not self._plain():
             return None
         carried = lam_state[0] if lam_state else None
         d_updates = (-self.lr * lam).reshape(-1)
         weights = list(optimizer.weights)
         d_grads, d_state, d_weights = lstm_vjp(d_updates, carried, grads.reshape(-1), state[0], weights, optimizer.p)
         return (lam, d_grads.view_as(grads), d_state), d_weights
+
+    def _plain(self) -> bool:
+        """Whether the step is what this class and LSTMOptimizer say: no subclass, no hook, no weight used twice."""
+        optimizer = self.optimizer
+        if type(self) is not LearnedRule or type(optimizer) is not LSTMOptimizer:
+            return False
+        if "step" in self.__dict__ or "forward" in optimizer.__dict__ or has_hooks(optimizer):
+            return False
+        mine, weights = list(self.parameters()), list(optimizer.weights)
+        return len(mine) == len(weights) and all(a is b and not a._backward_hooks for a, b in zip(mine, weights))
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}"

@@ -117,12 +117,71 @@ def test_adapt_steps_through_the_batches() -> None:
     assert relative_error(adapted, maml(episodes).logits) < BAR
 
 
+@pytest.mark.parametrize("rates", ["parameter", "layer and step"])
+def test_rates_get_their_gradient_under_no_grad(rates: str) -> None:
+    model, episodes = build("mlp"), six_samples("mlp")
+    rule = mf.LearnedRates(model, 0.1) if rates == "parameter" else mf.LayerRates(model, 2, 0.1)
+    learner = mf.GradientLearner(model, rule, steps=2)
+    learner.accumulate_grad(episodes)
+    wanted = gradient(learner)
+    learner.zero_grad()
+    with torch.no_grad():
+        learner.accumulate_grad(episodes)
+    assert torch.equal(gradient(learner), wanted)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_parameters_that_adapt_in_another_dtype(whole: bool) -> None:
+    model, episodes = build("mlp").float(), six_samples("mlp")
+    maml = mf.MAML(model, lr=0.1, steps=3, adapts=["4"])
+    (maml if whole else model).double()
+    wanted = mf.reference.maml(model, episodes, lr=0.1, steps=3, adapts=["4"])
+    assert relative_error(maml(episodes).losses, wanted.losses) < BAR
+
+
+def test_rates_changed_in_place_before_the_backward_are_refused() -> None:
+    model, episodes = build("mlp"), six_samples("mlp")
+    rule = mf.LearnedRates(model, 0.1)
+    for learned in (True, False):
+        rule.rates.requires_grad_(learned)
+        out = mf.GradientLearner(model, rule, steps=2)(episodes)
+        with torch.no_grad():
+            rule.rates.mul_(5)
+        if mf.current_backend() == "cpu" or learned:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.logits.square().sum().backward()
+
+
+@pytest.mark.not_lowered
+@pytest.mark.filterwarnings("ignore:metafast. Sequential runs by")
+def test_a_multi_step_loss_goes_along_one_path_of_dropout() -> None:
+    """The same masks lead to phi_1 and from there to phi_2: losses add up."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 11), torch.nn.Dropout(0.5), torch.nn.Linear(11, 3)).double()
+    episodes, losses = six_samples("mlp"), []
+    for query_weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        maml = mf.MAML(model, lr=0.1, steps=2, query_weights=query_weights)
+        torch.manual_seed(0)
+        losses.append(maml(episodes).losses.detach())
+    assert relative_error(losses[0] + losses[1], losses[2]) < BAR
+    assert relative_error(losses[0], losses[1]) > 1e-3
+
+
+def test_the_number_of_steps_set_anew() -> None:
+    maml = mf.MAML(build("mlp"), steps=2, query_weights=(1.0, 2.0))
+    maml.steps = 3
+    for call in (maml, maml.accumulate_grad):
+        with pytest.raises(ValueError, match="^query_weights: expected 3 numbers"):
+            call(six_samples("mlp"))
+
+
 @pytest.mark.parametrize(
     ("error", "name", "options"),
     [
         (TypeError, "adapts", {"adapts": "4"}),
         (TypeError, "adapts", {"adapts": []}),
         (ValueError, "adapts", {"adapts": ["4", "head"]}),
+        (TypeError, "adapts", {"adapts": [4]}),
+        (TypeError, "query_weights", {"query_weights": 0.5}),
         (ValueError, "query_weights", {"query_weights": (1.0,)}),
         (ValueError, "query_weights", {"query_weights": (1.0, float("nan"))}),
         (ValueError, "support_batch", {"support_batch": 0}),

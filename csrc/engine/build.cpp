@@ -363,7 +363,7 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
   if (kept > 0) size += (steps - 1) * kept;
   if (samples > 0) {
     const Value& input = values_[0];
-    const bool as_it_is = input.h == 1 && input.w == 1 && input.pixel == input.c;
+    const bool as_it_is = input.sample == input.c;  // features, without a border
     if (!as_it_is) store.value[0] = take(samples * input.sample);
     for (size_t i = 0; i < layers; ++i) {
       const Layer& l = layers_[i];

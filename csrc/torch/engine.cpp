@@ -473,9 +473,11 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       add(gradient, rate_gradient, each.contiguous());
     }
     if (d_logits.defined()) {
+      Inner inner = kept.inner;
+      if (inner.rates) inner.rates = saved[3];
       const Engine::Unrolled along =
           kept.engine->unroll(kept.engine->flatten(params), constants, {saved[5], saved[6]},
-                              {saved[7], saved[8]}, kept.inner, d_logits, true, of_rates);
+                              {saved[7], saved[8]}, inner, d_logits, true, of_rates);
       add(along.gradient, along.rate_gradient, at::ones({gradient.size(0)}, gradient.options()));
     }
     if (!flat.defined()) return variable_list(1 + params.size() + 1 + kPlain);
@@ -528,11 +530,12 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
   const auto kept = c10::make_intrusive<MetaStepContext>();
   kept->engine = shared_from_this();
   kept->inner = inner;
+  if (inner.rates) kept->inner.rates = inner.rates->detach();  // the saved tensor is the one to use
   // Autograd's own arguments must be tensors, defined ones.
   const Tensor none = at::empty({0}, w.options());
   const Tensor fixed = constants.defined() ? constants : none;
   const variable_list outputs = MetaStepFunction::apply(
-      kept, at::TensorList(params), of_rates ? *inner.rates : none, fixed, support, query, run, w);
+      kept, at::TensorList(params), inner.rates ? *inner.rates : none, fixed, support, query, run, w);
   return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
 }
 

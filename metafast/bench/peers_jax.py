@@ -90,6 +90,8 @@ def _layer(jax: Any, jnp: Any, leaf: nn.Module) -> Layer:
         return lambda p, x: x @ p[0].T + p[1]
     if isinstance(leaf, nn.ReLU):
         return lambda p, x: jax.nn.relu(x)
+    if isinstance(leaf, nn.Tanh):
+        return lambda p, x: jnp.tanh(x)
     if isinstance(leaf, nn.Flatten):
         return lambda p, x: x.reshape(x.shape[0], -1)
     if isinstance(leaf, nn.BatchNorm1d):

@@ -72,6 +72,11 @@ class NotLowered(Exception):
         self.reason = reason
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module, not its children, does more than its forward."""
+    return any(getattr(module, name) for name in _HOOKS) or any(_GLOBAL_HOOKS)
+
+
 class Guard:
     """Remembers a module as it is now; ``holds()`` says in a few microseconds whether it still is the same.
 

@@ -26,8 +26,15 @@ class LoopEngine:
         self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
     ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
+        return self.path(theta, support_x, support_y, steps, batch)[-1]
+
+    def path(
+        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+    ) -> list[Tensor]:
+        """phi_1..phi_K of :meth:`inner_loop`; phi_0 alone where there are no steps."""
         with self.task.policy():
-            return torch.cat([self._adapt(theta, x, y, steps, batch) for x, y in zip(support_x, support_y)])
+            tasks = [self._adapt(theta, x, y, steps, batch) for x, y in zip(support_x, support_y)]
+        return [torch.cat(step) for step in zip(*tasks)]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""
@@ -35,9 +42,10 @@ class LoopEngine:
         with self.task.policy():
             return torch.stack([self.task.forward(split(p), constants, v) for p, v in zip(phi, x)])
 
-    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None) -> Tensor:
-        """(1, P) parameters of one task with support x (Ns, ...), y (Ns, ...)."""
+    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None) -> list[Tensor]:
+        """(1, P) parameters after each step of one task with support x (Ns, ...), y (Ns, ...)."""
         phi = theta.unsqueeze(0)
+        path = [] if steps > 0 else [phi]
         state = self.rule.init(phi)
         for k in range(steps):
             second_order = torch.is_grad_enabled() and not self.first_order
@@ -48,4 +56,5 @@ class LoopEngine:
                 loss = self.task.task_loss(self.task.layout.split(at[0]), self.task.constants(), *support)
                 (grads,) = torch.autograd.grad(loss, at, create_graph=second_order)
             phi, state = self.rule.step(phi, grads, state)
-        return phi
+            path.append(phi)
+        return path

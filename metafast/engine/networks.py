@@ -89,7 +89,7 @@ class NativeNetwork:
         meta-gradient is added to the parameters' ``.grad``.
         """
         call = self.engine.accumulate if accumulate else self.engine.meta_step
-        even = isinstance(inner.rates, float)
+        uneven = isinstance(inner.rates, Tensor)
         result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
             self.parameters,
             self.constants(),
@@ -98,8 +98,8 @@ class NativeNetwork:
             episodes.query_x,
             episodes.query_y,
             inner.steps,
-            inner.rates if even else 0.0,
-            None if even else inner.rates,
+            0.0 if uneven else inner.rates,
+            inner.rates if uneven else None,
             inner.first_order,
             inner.batch or 0,
             inner.query_weights or (),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metafast import _check
 from metafast.engine.batches import check_batch
+from metafast.engine.looped import LoopEngine
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
@@ -81,10 +82,30 @@ class GradientLearner(nn.Module):
     @query_weights.setter
     def query_weights(self, weights: Sequence[float] | None) -> None:
         if weights is not None:
+            if not isinstance(weights, Sequence) or isinstance(weights, str):
+                raise TypeError(f"query_weights: expected numbers, one a step, got {_check.describe(weights)}")
             weights = tuple(_check.number("query_weights", w) for w in weights)
-            if len(weights) != self.steps or not weights:
-                raise ValueError(f"query_weights: expected {self.steps} numbers, one a step, got {len(weights)}")
         self._query_weights = weights
+        self._check_query_weights()
+
+    @property
+    def support_batch(self) -> int | None:
+        """Support samples that an inner step sees; None: all of them."""
+        return self._support_batch
+
+    @support_batch.setter
+    def support_batch(self, batch: int | None) -> None:
+        self._support_batch = None if batch is None else _check.integer("support_batch", batch, minimum=1)
+
+    def _check_query_weights(self) -> None:
+        """Again before use, since the number of steps may have been set anew."""
+        weights = self._query_weights
+        if weights is None:
+            return
+        if self.steps == 0:
+            raise ValueError(f"query_weights: expected None for a learner of no steps, got {weights}")
+        if len(weights) != self.steps:
+            raise ValueError(f"query_weights: expected {self.steps} numbers, one a step, got {len(weights)}")
 
     def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
@@ -100,7 +121,7 @@ class GradientLearner(nn.Module):
             TypeError, ValueError: episodes or weights that do not fit the model, before any work.
         """
         network = self._check(episodes, weights)
-        inner = None if network is None else self._fused(weights)
+        inner = None if network is None else self._fused(episodes, weights)
         if network is not None and inner is not None:
             return Outcome(*network.meta_step(episodes, inner, weights))
         losses, logits = self._query(episodes)
@@ -112,8 +133,8 @@ class GradientLearner(nn.Module):
         The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there.
         """
         network = self._check(episodes, weights)
-        inner = None if network is None else self._fused(weights)
-        if network is not None and inner is not None and not _learned(inner.rates):
+        inner = None if network is None else self._fused(episodes, weights)
+        if network is not None and inner is not None and not self._learned(inner):
             return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
@@ -163,27 +184,36 @@ class GradientLearner(nn.Module):
     def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
         x, y = episodes.support_x, episodes.support_y
+        engine = self._engine(x, y)
 
-        def judged(steps: int) -> tuple[Tensor, Tensor]:
-            logits = self._engine(x, y).forward(self._inner_loop(x, y, steps), episodes.query_x)
+        def judged(phi: Tensor) -> tuple[Tensor, Tensor]:
+            logits = engine.forward(phi, episodes.query_x)
             return self._task.loss.per_task(logits, episodes.query_y), logits
 
-        losses, logits = judged(self.steps)
         if self.query_weights is None:
-            return losses, logits
-        *earlier, last = self.query_weights
-        losses = last * losses
-        for k, weight in enumerate(earlier, 1):
-            # From the start each time: short of one native call this is simple, and as exact.
-            if weight != 0:
-                losses = losses + weight * judged(k)[0]
-        return losses, logits
+            return judged(self._inner_loop(x, y, self.steps))
+        path: list[Tensor] | list[Tensor | None]
+        if isinstance(engine, LoopEngine):  # which is for what is random too: one path, not one for each length
+            path = engine.path(self._theta(), x, y, self.steps, self.support_batch)
+        else:
+            path = [self._inner_loop(x, y, k) if v or k == self.steps else None for k, v in self._numbered()]
+        parts = [(v, *judged(phi)) for (_, v), phi in zip(self._numbered(), path) if phi is not None]
+        losses = torch.stack([v * part for v, part, _ in parts]).sum(0)
+        return losses, parts[-1][2]
 
-    def _fused(self, weights: Tensor | None) -> Inner | None:
+    def _numbered(self) -> list[tuple[int, float]]:
+        """(k, v_k) for the steps from 1."""
+        return list(enumerate(self.query_weights or (), 1))
+
+    def _learned(self, inner: Inner) -> bool:
+        # Asked of the parameters: what is made of them requires no gradient under no_grad.
+        return isinstance(inner.rates, Tensor) and any(p.requires_grad for p in self.rule.parameters())
+
+    def _fused(self, episodes: Episodes, weights: Tensor | None) -> Inner | None:
         """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, and theta learned."""
         if not self.learn_init or (weights is not None and weights.requires_grad):
             return None
-        rates = self.rule.plain_rates(self.steps)
+        rates = self.rule.plain_rates(self.steps, episodes.support_x.dtype)
         if rates is None:
             return None
         return Inner(self.steps, rates, self.first_order, self.support_batch, self.query_weights)
@@ -194,6 +224,8 @@ class GradientLearner(nn.Module):
             raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
         episodes.validate()
         check_weights(weights, episodes, episodes.support_x.dtype)
+        check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
+        self._check_query_weights()
         signature = episodes.signature
         network = self._task.native.known(signature)
         if network is not None:
@@ -210,11 +242,6 @@ class GradientLearner(nn.Module):
             x_name, y_name = f"{part}_x", f"{part}_y"
             shape = self._task.check_inputs(x_name, getattr(episodes, x_name))
             self._task.loss.check(x_name, y_name, getattr(episodes, y_name), shape)
-        check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
-
-
-def _learned(rates: float | Tensor) -> bool:
-    return isinstance(rates, Tensor) and rates.requires_grad
 
 
 class Adapted:

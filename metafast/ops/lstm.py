@@ -39,11 +39,20 @@ def _preprocess(grads: Tensor, p: float) -> Tensor:
     )
 
 
+def check_range(p: float) -> float:
+    """p, the range of the preprocessing; beyond 80 the factor exp(p) is no float32."""
+    if _check.number("p", p, minimum=1e-6) > 80:
+        raise ValueError(f"p: expected at most 80, got {p:g}")
+    return float(p)
+
+
 def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p: float) -> int:
     """Number of layers; raises where shapes, dtypes or devices do not fit."""
     _check.tensor("grads", grads)
     _check.tensor("state", state)
-    _check.number("p", p, minimum=1e-6)
+    check_range(p)
+    if not isinstance(weights, (Sequence, torch.nn.ParameterList)):
+        raise TypeError(f"weights: expected a sequence of tensors, got {_check.describe(weights)}")
     if grads.dim() != 1 or not grads.is_floating_point():
         raise ValueError(f"grads: expected a floating tensor of shape (N,), got {_check.describe(grads)}")
     count = len(weights)
@@ -53,7 +62,9 @@ def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p:
     for index, weight in enumerate(weights):
         _check.tensor(f"weights[{index}]", weight)
         _check.like(f"weights[{index}]", weight, dtype=grads.dtype, device=grads.device, owner="grads")
-    hidden = weights[-2].shape[0] if weights[-2].dim() == 1 else -1
+    if weights[-2].dim() != 1 or weights[-2].numel() == 0:
+        raise ValueError(f"weights[{count - 2}]: expected shape (H,), H at least 1, got {_check.describe(weights[-2])}")
+    hidden = weights[-2].shape[0]
     shapes: list[tuple[int, ...]] = []
     for layer in range(layers):
         shapes += [(4 * hidden, 2 if layer == 0 else hidden), (4 * hidden, hidden), (4 * hidden,)]
@@ -205,7 +216,7 @@ def _batched(
     batch, count = grads.shape
     joined = state.movedim(0, 2).reshape(*state.shape[1:3], batch * count, state.shape[-1])
     updates, carried = torch.ops.metafast.lstm_update(grads.reshape(-1), joined, weights, p)
-    return (updates.view(batch, count), carried.view(*joined.shape[:2], batch, count, -1)), (0, 2)
+    return (updates.view(batch, count), carried.view(*joined.shape[:2], batch, count, joined.shape[-1])), (0, 2)
 
 
 _LIBRARY.impl("lstm_update", _twin, "CompositeExplicitAutograd")

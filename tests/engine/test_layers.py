@@ -140,6 +140,19 @@ def test_layers_that_come_first(name: str, images: bool) -> None:
         assert relative_error(found[what], wanted[what]) < BAR, what
 
 
+@needs_kernels
+@pytest.mark.parametrize("channels", [1, 3, 8, 16])
+def test_a_padded_convolution_of_one_pixel(channels: int) -> None:
+    """The network's own input has no border, though it looks like features."""
+    torch.manual_seed(0)
+    model = head(nn.Conv2d(channels, 4, 3, padding=1), nn.Identity(), shape=(channels, 1, 1))
+    e = episodes_of((channels, 1, 1), 5)
+    found, _ = four_functions.native(model, e, "cross_entropy")
+    wanted = four_functions.plain(model, e, "cross_entropy")
+    for what in four_functions.NAMES:
+        assert relative_error(found[what], wanted[what]) < BAR, what
+
+
 # Where a rounding flips no decision, and no group of one element makes the exact result a difference of equal numbers.
 SMOOTH = [
     (n, i)

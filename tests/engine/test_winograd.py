@@ -12,7 +12,7 @@ import metafast as mf
 from tests.backends import native as needs_kernels
 from tests.engine import four_functions
 from tests.engine.test_layers import BAR, episodes_of, head
-from tests.nets import relative_error
+from tests.nets import gradient, relative_error
 
 
 def winograd_from(model: nn.Module, e: mf.Episodes) -> list[int]:
@@ -90,3 +90,27 @@ def test_float32_rounds_little(pixels: int) -> None:
     for what in four_functions.NAMES:
         error, allowed = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))
         assert error < 2 * allowed + 1e-6, what
+
+
+@needs_kernels
+def test_a_whole_meta_gradient_in_float32() -> None:
+    """Four blocks, two steps, with nothing that a rounding could flip: twice torch's error and the floor of
+    ``metafast check``, 1e-5, which is what this algorithm costs."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs in (1, 64, 64, 64):
+        layers += [nn.Conv2d(inputs, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Tanh(), nn.AvgPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)).double()
+    e = episodes_of((1, 28, 28), 6)
+    found = {}
+    for name, dtype in (("exact", torch.float64), ("torch", torch.float32), ("native", torch.float32)):
+        model.zero_grad()
+        model.to(dtype)
+        if name == "native":
+            with mf.use_backend("cpu"):
+                mf.MAML(model, lr=0.1, steps=2)(e.to(dtype=dtype)).loss.backward()
+        else:
+            mf.reference.maml(model, e.to(dtype=dtype), lr=0.1, steps=2).loss.backward()
+        found[name] = gradient(model).double()
+    error, allowed = (relative_error(found[name], found["exact"]) for name in ("native", "torch"))
+    assert error < 2 * allowed + 1e-5

@@ -162,3 +162,41 @@ def test_no_coordinates_and_a_gradient_that_is_not_finite() -> None:
     assert updates.shape == (0,) and carried.shape == (1, 2, 0, 3)
     updates, _ = mf.ops.lstm_update(torch.tensor([1.0, math.nan], dtype=torch.float64), optimizer.init(2), weights)
     assert updates[0].isfinite() and updates[1].isnan()
+
+
+@needs_kernels
+def test_a_range_beyond_float32() -> None:
+    with pytest.raises(ValueError, match="^p: expected at most 80"):
+        mf.LSTMOptimizer(3, p=1000.0)
+
+
+@pytest.mark.parametrize("change", ["pre-hook", "backward hook", "own forward", "tied"])
+def test_an_optimiser_that_is_more_than_its_class(change: str) -> None:
+    """The rule's own vector-Jacobian product stands back for autograd."""
+    from tests.nets import build, episodes_for, gradient
+
+    optimizer = mf.LSTMOptimizer(3, 2).double()
+    if change == "pre-hook":
+        optimizer.register_forward_pre_hook(lambda module, args: (3 * args[0], args[1]))
+    elif change == "backward hook":
+        optimizer.register_full_backward_hook(
+            lambda module, grads, outputs: (None if grads[0] is None else 2 * grads[0], *grads[1:])
+        )
+    elif change == "own forward":
+        plain = optimizer.forward
+        optimizer.forward = lambda grads, state: plain(3 * grads, state)
+    else:
+        optimizer.weights[4] = optimizer.weights[1]
+
+    class Generic(mf.LearnedRule):
+        """A subclass goes by autograd."""
+
+    model, episodes = build("mlp"), episodes_for("mlp")
+    found = []
+    for rule in (mf.LearnedRule(optimizer, 0.1), Generic(optimizer, 0.1)):
+        learner = mf.GradientLearner(model, rule, steps=3)
+        learner.zero_grad()
+        learner(episodes).loss.backward()
+        found.append(gradient(learner))
+    assert float(found[0].norm()) > 0
+    assert relative_error(found[0], found[1]) < BAR
