@@ -66,6 +66,11 @@ struct Job {
 
 template <class Real>
 struct EngineFunctions {
+  // Parameters of one task in the engine's order (params,) from the user's: (adapting,), and the constants
+  // that follow; null constants are zeros.
+  void (*to_engine)(const Program&, const Real* adapting, const Real* constants, Real* w);
+  // And the adapting ones back; those that no layer uses become zero.
+  void (*to_user)(const Program&, const Real* w, Real* adapting);
   void (*run_task)(const Job<Real>&, int64_t task, Real* workspace);
   // sums[i] = sum_t weights[t] rows[t * size + i] in the order of tasks, for i in [begin, end).
   void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t size, const Real* weights, int64_t begin,

@@ -468,7 +468,8 @@ void run_task(const Job<Real>& job, int64_t task, Real* workspace) {
 }
 
 template <class Real>
-constexpr EngineFunctions<Real> kEngineFunctions{run_task<Real>, weighted_sum<Real>};
+constexpr EngineFunctions<Real> kEngineFunctions{to_engine<Real>, to_user<Real>, run_task<Real>,
+                                                 weighted_sum<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -318,10 +318,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     const Tensor ordered = at::empty({1 + rows, program.params}, options);
     Real* const to = ordered.mutable_data_ptr<Real>();
     const Real *const from = theta.const_data_ptr<Real>(), *const other = data_or_null<Real>(fixed);
-    for (int64_t i = 0; i < program.params; ++i) {
-      const int64_t p = program.source[i];
-      to[i] = p < 0 ? Real(0) : p < program.adapting ? from[p] : other[p - program.adapting];
-    }
+    functions<Real>().to_engine(program, from, other, to);
     for (int64_t k = 0; k < rows; ++k) {
       const Real* row = rates.defined() ? rates.const_data_ptr<Real>() + k * program.adapting : nullptr;
       for (int64_t i = 0; i < program.params; ++i) {
@@ -367,13 +364,8 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
     Real* user = flat.mutable_data_ptr<Real>();
-    std::fill_n(user, rows * program.adapting, Real(0));  // parameters that no layer uses
-    for (int64_t row = 0; row < rows; ++row, user += program.adapting) {
-      for (int64_t i = 0; i < program.params; ++i) {
-        const int64_t p = program.source[i];
-        if (p >= 0 && p < program.adapting) user[p] = to[row * program.params + i];
-      }
-    }
+    for (int64_t row = 0; row < rows; ++row, user += program.adapting)
+      functions<Real>().to_user(program, to + row * program.params, user);
     return 0;
   });
   return flat;
