@@ -11,6 +11,7 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace metafast::cpu {
@@ -36,6 +37,16 @@ struct IsaTables {
   const Table* of[kIsas];
   const Table& current() const { return *of[static_cast<int>(cpu::current())]; }
 };
+
+// The table's functions for float or double.
+template <class Real, class Table>
+const auto& functions_for(const Table& table) {
+  if constexpr (std::is_same_v<Real, float>) {
+    return table.float32;
+  } else {
+    return table.float64;
+  }
+}
 
 #if defined(__x86_64__)
 #define METAFAST_ISA_TABLES(prefix)                     \

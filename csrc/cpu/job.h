@@ -56,8 +56,8 @@ struct Job {
   Real rate;
   const Real* rates;
   int64_t rates_stride;
-  const Real*
-      query_weights;  // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K)
+  // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K).
+  const Real* query_weights;
 
   // Results; null where not wanted. gradient: (T, P) in the user's order, for meta_step (T, params) in the
   // engine's; so for rate_gradient (T, K or 1, params).

@@ -1,15 +1,15 @@
 // A task from its first inner step to its meta-gradient: forward and backward through a Program, the inner
 // loop, and the adjoint recursion
 //
-//   lam = grad L_query(phi_K);   for k = K-1..0:  d rate_k = -lam * g_k,  lam += H_support(phi_k) (-rate_k
-//   lam)
+//   lam = grad L_query(phi_K);   for k = K-1..0:  lam += H_support(phi_k) (-rate_k lam)
 //
-// With query losses at earlier steps, v_k L_query(phi_k), their gradients join lam on its way. // A
-// Hessian-vector product is forward, backward, forward tangent, backward tangent at phi_k. The activations of
-// the last inner step are still there when the recursion begins; those of the others are computed again from
-// phi_k, so memory does not grow with the steps but by the parameters themselves - unless those of all steps
-// fit in a core's cache, when they are kept (engine/build.cpp decides). Compiled once per instruction set;
-// calls nothing outside of it, allocates nothing, starts no thread. Tested by tests/engine/.
+// where d rate_k = -lam * g_k, with lam as it is before; with query losses at earlier steps, v_k
+// L_query(phi_k), their gradients join lam on its way. A Hessian-vector product is forward, backward, forward
+// tangent, backward tangent at phi_k. The activations of the last inner step are still there when the
+// recursion begins; those of the others are computed again from phi_k, so memory does not grow with the steps
+// but by the parameters themselves - unless those of all steps fit in a core's cache, when they are kept
+// (engine/build.cpp decides). Compiled once per instruction set; calls nothing outside of it, allocates
+// nothing, starts no thread. Tested by tests/engine/ and tests/test_inner_options.py.
 #pragma once
 
 #include "job.h"

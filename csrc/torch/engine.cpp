@@ -48,11 +48,7 @@ void* zeros(size_t size) {
 
 template <class Real>
 const cpu::EngineFunctions<Real>& functions() {
-  if constexpr (std::is_same_v<Real, float>) {
-    return kTables.current().float32;
-  } else {
-    return kTables.current().float64;
-  }
+  return cpu::functions_for<Real>(kTables.current());
 }
 
 // Calls f(Real{}) for the dtype.

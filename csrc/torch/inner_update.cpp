@@ -98,8 +98,10 @@ std::vector<Tensor> for_each(at::TensorList params, at::TensorList grads, at::Te
 constexpr cpu::IsaTables<cpu::InnerUpdateTable> kTables = METAFAST_ISA_TABLES(cpu::kInnerUpdate);
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
 
-auto kernel_for(const InnerUpdate<float>&) { return kTables.current().float32; }
-auto kernel_for(const InnerUpdate<double>&) { return kTables.current().float64; }
+template <class Real>
+auto kernel_for(const InnerUpdate<Real>&) {
+  return cpu::functions_for<Real>(kTables.current());
+}
 
 Tensor inner_update_cpu(const Tensor& params, const Tensor& grads, const std::optional<Tensor>& lr,
                         double scale) {

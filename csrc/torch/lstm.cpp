@@ -26,11 +26,7 @@ constexpr cpu::IsaTables<cpu::LstmTable> kTables = METAFAST_ISA_TABLES(cpu::kLst
 
 template <class Real>
 const cpu::LstmFunctions<Real>& functions() {
-  if constexpr (std::is_same_v<Real, float>) {
-    return kTables.current().float32;
-  } else {
-    return kTables.current().float64;
-  }
+  return cpu::functions_for<Real>(kTables.current());
 }
 
 // The arguments as memory, held as long as this.
@@ -91,14 +87,15 @@ Held<Real> hold(const Tensor& grads, const Tensor& state, at::TensorList weights
   return held;
 }
 
-// run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
 constexpr int64_t kMostParts = 64;
+constexpr int64_t kBlocksAThread = 16;  // below them a second thread costs more than it brings
 
+// run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
 template <class Real, class Run>
 int64_t for_each_part(const Lstm<Real>& a, const at::TensorOptions& options, const Run& run) {
   const int64_t blocks = (a.coordinates + kLstmBlock<Real> - 1) / kLstmBlock<Real>;
-  const int64_t parts = std::min(blocks, kMostParts),
-                threads = std::min<int64_t>(parts, at::get_num_threads());
+  const int64_t parts = std::min(blocks, kMostParts);
+  const int64_t threads = std::clamp<int64_t>(blocks / kBlocksAThread, 1, at::get_num_threads());
   const int64_t size = functions<Real>().workspace(a);
   const Tensor workspaces = at::empty({threads, size}, options);
   Real* const memory = workspaces.mutable_data_ptr<Real>();

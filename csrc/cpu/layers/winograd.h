@@ -36,7 +36,7 @@ constexpr int kWinogradTile = 4;    // outputs a side
 constexpr int kWinogradReads = 6;   // inputs a side
 constexpr int kWinogradParts = 36;  // components
 
-// The transforms along one side. Each replaces elements at p[0], p[s], p[2 s], ...
+// The transforms: each along one side replaces elements at p[0], p[s], p[2 s], ...
 template <class Real>
 struct Winograd {
   using V = Vec<Real>;
@@ -48,73 +48,105 @@ struct Winograd {
   static V times(double k, V x) { return Real(k) * x; }
 
   // B': 6 to 6.
-  template <int s>
-  static void reads(V* p) {
-    const V d0 = p[0], d1 = p[s], d2 = p[2 * s], d3 = p[3 * s], d4 = p[4 * s], d5 = p[5 * s];
-    const V even_a = d4 - times(b2, d2), odd_a = d3 - times(b2, d1);
-    const V even_b = d4 - times(a2, d2), odd_b = d3 - times(a2, d1);
-    p[0] = times(a2 * b2, d0) + (d4 - times(a2 + b2, d2));
-    p[s] = even_a + times(a, odd_a);
-    p[2 * s] = even_a - times(a, odd_a);
-    p[3 * s] = even_b + times(b, odd_b);
-    p[4 * s] = even_b - times(b, odd_b);
-    p[5 * s] = times(a2 * b2, d1) + (d5 - times(a2 + b2, d3));
-  }
+  struct Reads {
+    template <int s>
+    static void along(V* p) {
+      const V d0 = p[0], d1 = p[s], d2 = p[2 * s], d3 = p[3 * s], d4 = p[4 * s], d5 = p[5 * s];
+      const V even_a = d4 - times(b2, d2), odd_a = d3 - times(b2, d1);
+      const V even_b = d4 - times(a2, d2), odd_b = d3 - times(a2, d1);
+      p[0] = times(a2 * b2, d0) + (d4 - times(a2 + b2, d2));
+      p[s] = even_a + times(a, odd_a);
+      p[2 * s] = even_a - times(a, odd_a);
+      p[3 * s] = even_b + times(b, odd_b);
+      p[4 * s] = even_b - times(b, odd_b);
+      p[5 * s] = times(a2 * b2, d1) + (d5 - times(a2 + b2, d3));
+    }
+  };
   // B: its transpose.
-  template <int s>
-  static void reads_transposed(V* p) {
-    const V r0 = p[0], r5 = p[5 * s];
-    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
-    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
-    p[0] = times(a2 * b2, r0);
-    p[s] = times(a2 * b2, r5) - times(a * b2, difference_a) - times(b * a2, difference_b);
-    p[2 * s] = -times(a2 + b2, r0) - times(b2, sum_a) - times(a2, sum_b);
-    p[3 * s] = times(a, difference_a) + times(b, difference_b) - times(a2 + b2, r5);
-    p[4 * s] = r0 + (sum_a + sum_b);
-    p[5 * s] = r5;
-  }
+  struct ReadsTransposed {
+    template <int s>
+    static void along(V* p) {
+      const V r0 = p[0], r5 = p[5 * s];
+      const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+      const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+      p[0] = times(a2 * b2, r0);
+      p[s] = times(a2 * b2, r5) - times(a * b2, difference_a) - times(b * a2, difference_b);
+      p[2 * s] = -times(a2 + b2, r0) - times(b2, sum_a) - times(a2, sum_b);
+      p[3 * s] = times(a, difference_a) + times(b, difference_b) - times(a2 + b2, r5);
+      p[4 * s] = r0 + (sum_a + sum_b);
+      p[5 * s] = r5;
+    }
+  };
   // A': 6 to 4.
-  template <int s>
-  static void outputs(V* p) {
-    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
-    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
-    p[0] = p[0] + (sum_a + sum_b);
-    p[s] = times(a, difference_a) + times(b, difference_b);
-    p[2 * s] = times(a2, sum_a) + times(b2, sum_b);
-    p[3 * s] = p[5 * s] + (times(a2 * a, difference_a) + times(b2 * b, difference_b));
-  }
+  struct Outputs {
+    template <int s>
+    static void along(V* p) {
+      const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+      const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+      p[0] = p[0] + (sum_a + sum_b);
+      p[s] = times(a, difference_a) + times(b, difference_b);
+      p[2 * s] = times(a2, sum_a) + times(b2, sum_b);
+      p[3 * s] = p[5 * s] + (times(a2 * a, difference_a) + times(b2 * b, difference_b));
+    }
+  };
   // A: its transpose, 4 to 6.
-  template <int s>
-  static void outputs_transposed(V* p) {
-    const V y0 = p[0], y1 = p[s], y2 = p[2 * s], y3 = p[3 * s];
-    const V even_a = y0 + times(a2, y2), odd_a = y1 + times(a2, y3);
-    const V even_b = y0 + times(b2, y2), odd_b = y1 + times(b2, y3);
-    p[s] = even_a + times(a, odd_a);
-    p[2 * s] = even_a - times(a, odd_a);
-    p[3 * s] = even_b + times(b, odd_b);
-    p[4 * s] = even_b - times(b, odd_b);
-    p[5 * s] = y3;
-  }
+  struct OutputsTransposed {
+    template <int s>
+    static void along(V* p) {
+      const V y0 = p[0], y1 = p[s], y2 = p[2 * s], y3 = p[3 * s];
+      const V even_a = y0 + times(a2, y2), odd_a = y1 + times(a2, y3);
+      const V even_b = y0 + times(b2, y2), odd_b = y1 + times(b2, y3);
+      p[s] = even_a + times(a, odd_a);
+      p[2 * s] = even_a - times(a, odd_a);
+      p[3 * s] = even_b + times(b, odd_b);
+      p[4 * s] = even_b - times(b, odd_b);
+      p[5 * s] = y3;
+    }
+  };
   // G: 3 to 6.
-  template <int s>
-  static void weights(V* p) {
-    const V w0 = p[0], w1 = p[s], w2 = p[2 * s];
-    const V even_a = times(at_a, w0) + times(at_a * a2, w2), even_b = times(at_b, w0) + times(at_b * b2, w2);
-    p[0] = times(at_0, w0);
-    p[s] = even_a + times(at_a * a, w1);
-    p[2 * s] = even_a - times(at_a * a, w1);
-    p[3 * s] = even_b + times(at_b * b, w1);
-    p[4 * s] = even_b - times(at_b * b, w1);
-    p[5 * s] = w2;
-  }
+  struct Weights {
+    template <int s>
+    static void along(V* p) {
+      const V w0 = p[0], w1 = p[s], w2 = p[2 * s];
+      const V even_a = times(at_a, w0) + times(at_a * a2, w2),
+              even_b = times(at_b, w0) + times(at_b * b2, w2);
+      p[0] = times(at_0, w0);
+      p[s] = even_a + times(at_a * a, w1);
+      p[2 * s] = even_a - times(at_a * a, w1);
+      p[3 * s] = even_b + times(at_b * b, w1);
+      p[4 * s] = even_b - times(at_b * b, w1);
+      p[5 * s] = w2;
+    }
+  };
   // G': its transpose, 6 to 3.
-  template <int s>
-  static void weights_transposed(V* p) {
-    const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
-    const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
-    p[0] = times(at_0, p[0]) + (times(at_a, sum_a) + times(at_b, sum_b));
-    p[s] = times(at_a * a, difference_a) + times(at_b * b, difference_b);
-    p[2 * s] = p[5 * s] + (times(at_a * a2, sum_a) + times(at_b * b2, sum_b));
+  struct WeightsTransposed {
+    template <int s>
+    static void along(V* p) {
+      const V sum_a = p[s] + p[2 * s], difference_a = p[s] - p[2 * s];
+      const V sum_b = p[3 * s] + p[4 * s], difference_b = p[3 * s] - p[4 * s];
+      p[0] = times(at_0, p[0]) + (times(at_a, sum_a) + times(at_b, sum_b));
+      p[s] = times(at_a * a, difference_a) + times(at_b * b, difference_b);
+      p[2 * s] = p[5 * s] + (times(at_a * a2, sum_a) + times(at_b * b2, sum_b));
+    }
+  };
+
+  // to(row, column, .) gets Side' x Side of the kFrom x kFrom elements from(row, column): down the columns,
+  // then along the rows.
+  template <class Side, int kFrom, int kTo, class From, class To>
+  static inline void both_sides(const From& from, const To& to) {
+    V p[kWinogradParts];
+#pragma GCC unroll 6
+    for (int x = 0; x < kFrom; ++x) {
+#pragma GCC unroll 6
+      for (int y = 0; y < kFrom; ++y) p[y * 6 + x] = from(y, x);
+      Side::template along<6>(p + x);
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < kTo; ++y) {
+      Side::template along<1>(p + y * 6);
+#pragma GCC unroll 6
+      for (int x = 0; x < kTo; ++x) to(y, x, p[y * 6 + x]);
+    }
   }
 };
 
@@ -132,6 +164,7 @@ void transpose_taps(const Call<Real>& c, const Real* w, Real* transposed) {
 template <class Real>
 struct WinogradCall {
   using V = Vec<Real>;
+  using Transform = Winograd<Real>;
   const Call<Real>& c;
   const Value &in, &out;
   int64_t across, each, tiles;                 // tiles in a row, of a sample, of all samples
@@ -194,12 +227,17 @@ struct WinogradCall {
       const Real* from = x + in.origin + n * in.sample + row * in.row + column * in.pixel;
       const int64_t h = std::min<int64_t>(kWinogradReads, in.h + in.border - row),
                     w = std::min<int64_t>(kWinogradReads, in.w + in.border - column);
+      const bool inside = h == kWinogradReads && w == kWinogradReads;
       for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
-        Real* const to = u + t * in.pixel + lane;
-        if (h == kWinogradReads && w == kWinogradReads) {
-          transform_reads_of(from + lane, to, [](int64_t, int64_t) { return true; });
+        const auto read = [&](int y, int x) { return load(from + y * in.row + x * in.pixel + lane); };
+        const auto read_some = [&](int y, int x) { return y < h && x < w ? read(y, x) : V{}; };
+        const auto put = [&](int y, int x, V part) {
+          store(u + (y * 6 + x) * in_part + t * in.pixel + lane, part);
+        };
+        if (inside) {
+          Transform::template both_sides<typename Transform::Reads, 6, 6>(read, put);
         } else {
-          transform_reads_of(from + lane, to, [&](int64_t y, int64_t x) { return y < h && x < w; });
+          Transform::template both_sides<typename Transform::Reads, 6, 6>(read_some, put);
         }
       }
     });
@@ -212,21 +250,11 @@ struct WinogradCall {
       const int64_t h = std::min<int64_t>(kWinogradTile, out.h - i),
                     w = std::min<int64_t>(kWinogradTile, out.w - j);
       for (int64_t lane = 0; lane < out.pixel; lane += kLanes<Real>) {
-        V p[kWinogradParts];
-#pragma GCC unroll 6
-        for (int x = 0; x < kWinogradTile; ++x) {
-#pragma GCC unroll 6
-          for (int y = 0; y < kWinogradTile; ++y) {
-            p[y * 6 + x] = y < h && x < w ? load(from + y * out.row + x * out.pixel + lane) : V{};
-          }
-          Winograd<Real>::template outputs_transposed<6>(p + x);
-        }
-#pragma GCC unroll 6
-        for (int y = 0; y < 6; ++y) {
-          Winograd<Real>::template outputs_transposed<1>(p + y * 6);
-#pragma GCC unroll 6
-          for (int x = 0; x < 6; ++x) store(v + (y * 6 + x) * out_part + t * out.pixel + lane, p[y * 6 + x]);
-        }
+        Transform::template both_sides<typename Transform::OutputsTransposed, 4, 6>(
+            [&](int y, int x) {
+              return y < h && x < w ? load(from + y * out.row + x * out.pixel + lane) : V{};
+            },
+            [&](int y, int x, V part) { store(v + (y * 6 + x) * out_part + t * out.pixel + lane, part); });
       }
     });
   }
@@ -239,21 +267,11 @@ struct WinogradCall {
                     w = std::min<int64_t>(kWinogradTile, out.w - j);
       for (int64_t lane = 0; lane < out.pixel; lane += kLanes<Real>) {
         const V shift = bias == nullptr ? V{} : load(bias + lane);
-        V p[kWinogradParts];
-#pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) {
-#pragma GCC unroll 6
-          for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(m + (y * 6 + x) * out_part + t * out.pixel + lane);
-          Winograd<Real>::template outputs<6>(p + x);
-        }
-#pragma GCC unroll 6
-        for (int y = 0; y < kWinogradTile; ++y) {
-          Winograd<Real>::template outputs<1>(p + y * 6);
-#pragma GCC unroll 6
-          for (int x = 0; x < kWinogradTile; ++x) {
-            if (y < h && x < w) store(y0 + y * out.row + x * out.pixel + lane, p[y * 6 + x] + shift);
-          }
-        }
+        Transform::template both_sides<typename Transform::Outputs, 6, 4>(
+            [&](int y, int x) { return load(m + (y * 6 + x) * out_part + t * out.pixel + lane); },
+            [&](int y, int x, V value) {
+              if (y < h && x < w) store(y0 + y * out.row + x * out.pixel + lane, value + shift);
+            });
       }
     });
   }
@@ -268,23 +286,13 @@ struct WinogradCall {
       }
       Real* const to = sample + row * in.row + column * in.pixel;
       for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
-        V p[kWinogradParts];
-#pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) {
-#pragma GCC unroll 6
-          for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(m + (y * 6 + x) * in_part + t * in.pixel + lane);
-          Winograd<Real>::template reads_transposed<6>(p + x);
-        }
-#pragma GCC unroll 6
-        for (int y = 0; y < 6; ++y) {
-          Winograd<Real>::template reads_transposed<1>(p + y * 6);
-#pragma GCC unroll 6
-          for (int x = 0; x < 6; ++x) {
-            const bool inside = row + y >= 0 && row + y < in.h && column + x >= 0 && column + x < in.w;
-            Real* const at = to + y * in.row + x * in.pixel + lane;
-            if (inside) store(at, load(at) + p[y * 6 + x]);
-          }
-        }
+        Transform::template both_sides<typename Transform::ReadsTransposed, 6, 6>(
+            [&](int y, int x) { return load(m + (y * 6 + x) * in_part + t * in.pixel + lane); },
+            [&](int y, int x, V value) {
+              const bool inside = row + y >= 0 && row + y < in.h && column + x >= 0 && column + x < in.w;
+              Real* const at = to + y * in.row + x * in.pixel + lane;
+              if (inside) store(at, load(at) + value);
+            });
       }
     });
   }
@@ -292,19 +300,9 @@ struct WinogradCall {
   // W = G w G', of taps of so many elements, into components so far apart.
   void transform_taps(const Real* taps, int64_t tap, int64_t part, Real* to) const {
     for (int64_t at = 0; at < tap; at += kLanes<Real>) {
-      V p[kWinogradParts];
-#pragma GCC unroll 6
-      for (int x = 0; x < 3; ++x) {
-#pragma GCC unroll 6
-        for (int y = 0; y < 3; ++y) p[y * 6 + x] = load(taps + (y * 3 + x) * tap + at);
-        Winograd<Real>::template weights<6>(p + x);
-      }
-#pragma GCC unroll 6
-      for (int y = 0; y < 6; ++y) {
-        Winograd<Real>::template weights<1>(p + y * 6);
-#pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * part + at, p[y * 6 + x]);
-      }
+      Transform::template both_sides<typename Transform::Weights, 3, 6>(
+          [&](int y, int x) { return load(taps + (y * 3 + x) * tap + at); },
+          [&](int y, int x, V value) { store(to + (y * 6 + x) * part + at, value); });
     }
   }
   void transform_weights(const Real* weights, Real* to) const {
@@ -320,19 +318,9 @@ struct WinogradCall {
   void inverse_weights(const Real* d, Real* dw) const {
     const int64_t tap = in.c * out.pixel;
     for (int64_t at = 0; at < tap; at += kLanes<Real>) {
-      V p[kWinogradParts];
-#pragma GCC unroll 6
-      for (int x = 0; x < 6; ++x) {
-#pragma GCC unroll 6
-        for (int y = 0; y < 6; ++y) p[y * 6 + x] = load(d + (y * 6 + x) * w_part + at);
-        Winograd<Real>::template weights_transposed<6>(p + x);
-      }
-#pragma GCC unroll 6
-      for (int y = 0; y < 3; ++y) {
-        Winograd<Real>::template weights_transposed<1>(p + y * 6);
-#pragma GCC unroll 6
-        for (int x = 0; x < 3; ++x) store(dw + (y * 3 + x) * tap + at, p[y * 6 + x]);
-      }
+      Transform::template both_sides<typename Transform::WeightsTransposed, 6, 3>(
+          [&](int y, int x) { return load(d + (y * 6 + x) * w_part + at); },
+          [&](int y, int x, V value) { store(dw + (y * 3 + x) * tap + at, value); });
     }
   }
 
@@ -365,24 +353,6 @@ struct WinogradCall {
       outer(walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part,
             u1 == nullptr ? nullptr : u1 + part * in_part, u1 == nullptr ? nullptr : v1 + part * out_part,
             out.pixel, d() + part * w_part, out.pixel, add);
-    }
-  }
-
- private:
-  template <class Inside>
-  void transform_reads_of(const Real* from, Real* to, const Inside& inside) const {
-    V p[kWinogradParts];
-#pragma GCC unroll 6
-    for (int x = 0; x < 6; ++x) {
-#pragma GCC unroll 6
-      for (int y = 0; y < 6; ++y) p[y * 6 + x] = inside(y, x) ? load(from + y * in.row + x * in.pixel) : V{};
-      Winograd<Real>::template reads<6>(p + x);
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < 6; ++y) {
-      Winograd<Real>::template reads<1>(p + y * 6);
-#pragma GCC unroll 6
-      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * in_part, p[y * 6 + x]);
     }
   }
 };
