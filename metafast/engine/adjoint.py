@@ -9,6 +9,7 @@ No graph is kept over the inner loop, only phi_k and g_k, (T, P) each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ class AdjointEngine(ABC):
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
         phi: Tensor = _InnerLoop.apply(self, support_x, support_y, steps, batch, theta, *self.rule.parameters())
         return phi
+
+    def path(
+        self, theta: Tensor, support_x: Tensor, support_y: Tensor, wanted: Sequence[bool], batch: int | None = None
+    ) -> list[Tensor | None]:
+        """phi_1..phi_K, None where not wanted, each as :meth:`inner_loop` gives it.
+
+        From the start each time: short of one native call this is simple, and as exact.
+        """
+        numbered = enumerate(wanted, 1)
+        return [self.inner_loop(theta, support_x, support_y, k, batch) if want else None for k, want in numbered]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""

@@ -6,6 +6,8 @@ gradient goes through an ordinary autograd graph of the inner loop, which grows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,16 @@ class LoopEngine:
         self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
     ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
-        return self.path(theta, support_x, support_y, steps, batch)[-1]
+        if steps == 0:
+            return theta.expand(support_x.shape[0], -1)
+        return self.path(theta, support_x, support_y, [True] * steps, batch)[-1]
 
     def path(
-        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+        self, theta: Tensor, support_x: Tensor, support_y: Tensor, wanted: Sequence[bool], batch: int | None = None
     ) -> list[Tensor]:
-        """phi_1..phi_K of :meth:`inner_loop`; phi_0 alone where there are no steps."""
+        """phi_1..phi_K, all of them: what is random in a model must lead to phi_K by way of the others."""
         with self.task.policy():
-            tasks = [self._adapt(theta, x, y, steps, batch) for x, y in zip(support_x, support_y)]
+            tasks = [self._adapt(theta, x, y, len(wanted), batch) for x, y in zip(support_x, support_y)]
         return [torch.cat(step) for step in zip(*tasks)]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ class LoopEngine:
     def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None) -> list[Tensor]:
         """(1, P) parameters after each step of one task with support x (Ns, ...), y (Ns, ...)."""
         phi = theta.unsqueeze(0)
-        path = [] if steps > 0 else [phi]
+        path = []
         state = self.rule.init(phi)
         for k in range(steps):
             second_order = torch.is_grad_enabled() and not self.first_order

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from metafast import _check
 from metafast.engine.batches import check_batch
-from metafast.engine.looped import LoopEngine
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
@@ -70,9 +69,7 @@ class GradientLearner(nn.Module):
         self._task = TaskModel(model, resolve_loss(loss), batch_norm)
         self._engines = EngineChoice(self._task, rule, first_order)
         self.query_weights = query_weights
-        self.support_batch = (
-            None if support_batch is None else _check.integer("support_batch", support_batch, minimum=1)
-        )
+        self.support_batch = support_batch
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
@@ -184,26 +181,18 @@ class GradientLearner(nn.Module):
     def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
         x, y = episodes.support_x, episodes.support_y
-        engine = self._engine(x, y)
+        engine, weights = self._engine(x, y), self.query_weights
 
         def judged(phi: Tensor) -> tuple[Tensor, Tensor]:
             logits = engine.forward(phi, episodes.query_x)
             return self._task.loss.per_task(logits, episodes.query_y), logits
 
-        if self.query_weights is None:
-            return judged(self._inner_loop(x, y, self.steps))
-        path: list[Tensor] | list[Tensor | None]
-        if isinstance(engine, LoopEngine):  # which is for what is random too: one path, not one for each length
-            path = engine.path(self._theta(), x, y, self.steps, self.support_batch)
-        else:
-            path = [self._inner_loop(x, y, k) if v or k == self.steps else None for k, v in self._numbered()]
-        parts = [(v, *judged(phi)) for (_, v), phi in zip(self._numbered(), path) if phi is not None]
-        losses = torch.stack([v * part for v, part, _ in parts]).sum(0)
-        return losses, parts[-1][2]
-
-    def _numbered(self) -> list[tuple[int, float]]:
-        """(k, v_k) for the steps from 1."""
-        return list(enumerate(self.query_weights or (), 1))
+        if weights is None:
+            return judged(engine.inner_loop(self._theta(), x, y, self.steps, self.support_batch))
+        wanted = [*(weight != 0 for weight in weights[:-1]), True]  # the last for its logits
+        path = engine.path(self._theta(), x, y, wanted, self.support_batch)
+        parts = [(weight, *judged(phi)) for weight, phi in zip(weights, path) if phi is not None]
+        return torch.stack([weight * losses for weight, losses, _ in parts]).sum(0), parts[-1][2]
 
     def _learned(self, inner: Inner) -> bool:
         # Asked of the parameters: what is made of them requires no gradient under no_grad.
