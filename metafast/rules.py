@@ -131,13 +131,19 @@ class PartialSGD(UpdateRule):
         moves = torch.zeros_like(layout.flatten(model).detach(), dtype=torch.bool)
         parts = moves.split(list(layout.sizes))
         for name in self.adapts:
-            found = [part for key, part in zip(layout.names, parts) if key == name or key.startswith(f"{name}.")]
+            found = [part for key, part in zip(layout.names, parts) if _is_of(key, name)]
             if not found:
                 raise ValueError(
                     f"adapts: expected names among {', '.join(layout.names)} or their modules, got {name!r}"
                 )
             for part in found:
                 part.fill_(True)
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            # A shared parameter goes by its first name alone; by another it would stay behind without a word.
+            if parameter.requires_grad and key not in layout.names and any(_is_of(key, name) for name in self.adapts):
+                first = next(own for own, p in model.named_parameters() if p is parameter)
+                if not any(_is_of(first, name) for name in self.adapts):
+                    raise ValueError(f"adapts: {key!r} is the parameter {first!r} too; expected that name among them")
         self.register_buffer("moves", moves, persistent=False)
 
     def init(self, params: Tensor) -> State:
@@ -154,6 +160,11 @@ class PartialSGD(UpdateRule):
 
     def extra_repr(self) -> str:
         return f"adapts={list(self.adapts)}, lr={self.lr:g}"
+
+
+def _is_of(parameter: str, name: str) -> bool:
+    """Whether a parameter's qualified name is ``name``, or that of a module it is in."""
+    return parameter == name or parameter.startswith(f"{name}.")
 
 
 def _all_strings(names: Sequence[object]) -> bool:

@@ -198,3 +198,12 @@ def test_batches_that_do_not_divide_the_support() -> None:
         with pytest.raises(ValueError, match="^support_batch: expected a divisor of the 6 samples"):
             call(episodes)
     assert all(p.grad is None for p in maml.parameters())
+
+
+@pytest.mark.not_lowered
+def test_a_shared_parameter_adapts_by_its_first_name() -> None:
+    with pytest.raises(ValueError, match=r"^adapts: '2\.weight' is the parameter '0\.weight' too"):
+        mf.MAML(build("tied"), adapts=["2"])
+    rule = mf.MAML(build("tied"), adapts=["0", "2"]).rule
+    assert isinstance(rule, mf.PartialSGD)
+    assert int(rule.moves.sum()) == 36 + 6 + 6
