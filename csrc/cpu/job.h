@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../engine/program.h"
+#include "team.h"
 
 namespace metafast::cpu {
 
@@ -38,6 +39,7 @@ struct Job {
   const Program* program;
   const WorkspaceLayout* layout;
   int64_t tasks;
+  const Team* team;  // shares each task's work; null: a task is one thread's
   Data<Real> support, query;
 
   // Parameters: for meta_step theta (params,) as the engine has it; for the others phi (T, P) or, with

@@ -168,8 +168,8 @@ class LstmBlocks {
       write(d_c_, a_.d_state, 2 * l + 1);
       const int64_t wide = whole(k);
       transpose(s.z, k, kBlock, kBlock, transposed_, wide);
-      outer<Real>(Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h, transposed_,
-                  nullptr, nullptr, lanes_of<Real>(k), s.d_w, wide, !begins);
+      outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
+                  transposed_, nullptr, nullptr, lanes_of<Real>(k), s.d_w, wide, !begins);
       product(s.wt, 4 * h, k - 1, d_gates_, 4 * h, d_z_);
       write(d_z_ + n * kBlock, a_.d_state, 2 * l);
     }
@@ -211,8 +211,8 @@ class LstmBlocks {
   // to (count, block) = a (count, k) z (k, block), rows of a lda apart.
   static void product(const Real* a, int64_t lda, int64_t count, const Real* z, int64_t k, Real* to) {
     const int64_t offset = 0;
-    multiply(Walk{1, 1, count, 0, 0, 0, lda, 0, 0, 0, kBlock}, a, Taps<Real>{1, &offset, &z, k, kBlock},
-             kBlock, Finish<Real>{}, to);
+    multiply(nullptr, Walk{1, 1, count, 0, 0, 0, lda, 0, 0, 0, kBlock}, a,
+             Taps<Real>{1, &offset, &z, k, kBlock}, kBlock, Finish<Real>{}, to);
   }
 
   void preprocess(Real* z) const {

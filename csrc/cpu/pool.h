@@ -22,4 +22,7 @@ void run_tasks(int64_t tasks, int threads, F& f) {
       [](void* context, int64_t index, int worker) { (*static_cast<F*>(context))(index, worker); }, &f);
 }
 
+// As a Team wants it.
+void run_parts(int64_t parts, int threads, void (*part)(void* context, int64_t index), void* context);
+
 }  // namespace metafast::cpu

@@ -80,6 +80,7 @@ template <class Real>
 struct Network {
   const Program& program;
   const Pass& pass;
+  const Team* team;
   Real* workspace;
   Real* kept;  // where what a Hessian-vector product needs from forward and backward lies, as workspace
   const Real* input;  // value 0
@@ -139,12 +140,35 @@ struct Network {
     c.saved = kept_at(pass.saved[index]);
     c.tsaved = at(pass.tsaved[index]);
     c.scratch = at(pass.scratch);
+    c.team = team;
+    c.last_lane = c.out->pixel;
     return c;
+  }
+
+  // One of a layer's functions, by the team where it is one that the team shares.
+  void run(const LayerFunctions<Real>& functions,
+           typename LayerFunctions<Real>::Function LayerFunctions<Real>::* which, const Call<Real>& c) const {
+    const auto function = functions.*which;
+    constexpr double kEach = 10;  // operations for an element, roughly
+    const double work = kEach * double(c.samples * c.in->h * c.in->w * c.in->pixel);
+    if (team == nullptr || functions.split == Split::none || functions.split == Split::inside) {
+      function(c);
+    } else if (functions.split == Split::lanes) {
+      in_parts(team, c.last_lane / kLanes<Real>, work, [&](int64_t begin, int64_t end) {
+        Call<Real> part = c;
+        part.first_lane = begin * kLanes<Real>;
+        part.last_lane = end * kLanes<Real>;
+        function(part);
+      });
+    } else {
+      in_parts(team, c.samples, work, [&](int64_t begin, int64_t end) { function(c.part(begin, end)); });
+    }
   }
 
   void forward() const {
     for (int32_t i = 0; i < program.layer_count; ++i) {
-      functions_of<Real>(program.layers[i].kind).fwd(call(i, nullptr, nullptr, nullptr));
+      run(functions_of<Real>(program.layers[i].kind), &LayerFunctions<Real>::fwd,
+          call(i, nullptr, nullptr, nullptr));
     }
   }
 
@@ -156,7 +180,7 @@ struct Network {
       Call<Real> c = call(i, nullptr, dw, nullptr);
       c.dx = target(l.dx, l.in, adjoint(l.in));
       c.dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, adjoint(l.in1));
-      functions_of<Real>(l.kind).bwd(c);
+      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::bwd, c);
       arrive(l.dx, l.in, c.dx, adjoint(l.in));
       if (l.in1 >= 0) arrive(l.dx1, l.in1, c.dx1, adjoint(l.in1));
     }
@@ -166,7 +190,7 @@ struct Network {
   void forward_tangent(const Real* tw) const {
     for (int32_t i = 0; i < program.layer_count; ++i) {
       const Layer& l = program.layers[i];
-      if (l.live) functions_of<Real>(l.kind).tfwd(call(i, tw, nullptr, nullptr));
+      if (l.live) run(functions_of<Real>(l.kind), &LayerFunctions<Real>::tfwd, call(i, tw, nullptr, nullptr));
     }
   }
 
@@ -177,7 +201,7 @@ struct Network {
       Call<Real> c = call(i, tw, nullptr, tdw);
       c.tdx = target(l.dx, l.in, tadjoint(l.in));
       c.tdx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, tadjoint(l.in1));
-      functions_of<Real>(l.kind).tbwd(c);
+      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::tbwd, c);
       arrive(l.dx, l.in, c.tdx, tadjoint(l.in));
       if (l.in1 >= 0) arrive(l.dx1, l.in1, c.tdx1, tadjoint(l.in1));
     }
@@ -314,8 +338,8 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   const WorkspaceLayout& layout = *job.layout;
   const Value &in = program.values[0], &out = program.values[program.value_count - 1];
   const int64_t pixels = in.c * in.h * in.w, params = program.params, steps = job.steps;
-  Network<Real> support{program, layout.support, workspace, workspace, nullptr, job.theta};
-  Network<Real> query{program, layout.query, workspace, workspace, nullptr, job.theta};
+  Network<Real> support{program, layout.support, job.team, workspace, workspace, nullptr, job.theta};
+  Network<Real> query{program, layout.query, job.team, workspace, workspace, nullptr, job.theta};
   Real *const product = workspace + layout.product, *const direction = workspace + layout.direction;
   const auto phi = [&](int64_t k) { return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * params; };
   const bool wants_gradient = job.gradient != nullptr;
@@ -413,7 +437,7 @@ void single(const Job<Real>& job, int64_t task, Real* workspace) {
   const Value &in = program.values[0], &out = program.values[program.value_count - 1];
   Real *const w = workspace + layout.w, *const product = workspace + layout.product;
   to_engine(program, job.phi + task * job.phi_stride, job.constants, w);
-  Network<Real> network{program, pass, workspace, workspace, nullptr, w};
+  Network<Real> network{program, pass, job.team, workspace, workspace, nullptr, w};
   network.set_input(data.x + task * pass.samples * in.c * in.h * in.w);
   network.forward();
   switch (job.what) {

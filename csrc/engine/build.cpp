@@ -55,6 +55,16 @@ Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers,
   program_.source = source_.data();
 }
 
+double Plan::operations() const {
+  double sum = 0;
+  for (const Layer& l : layers_) {
+    if (!is_conv(l.kind)) continue;
+    const Value &in = values_[size_t(l.in)], &out = values_[size_t(l.out)];
+    sum += 2.0 * double(l.kernel_h * l.kernel_w * in.c) * double(out.h * out.w * out.c);
+  }
+  return sum;
+}
+
 void Plan::add_layer(const int64_t* d, double number, double number1) {
   Layer l{};
   l.kind = Kind(d[0]);

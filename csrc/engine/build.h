@@ -24,6 +24,8 @@ class Plan {
   const Program& program() const { return program_; }
   int64_t element() const { return element_; }
   int64_t constants() const { return user_params_ - program_.adapting; }
+  // Multiplications and additions of a sample's forward pass, those of linear and convolution layers.
+  double operations() const;
 
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
   // and with query losses at all steps or not. The same arguments give the same object, which lives as long

@@ -66,6 +66,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Bytes of one thread's workspace for a meta-step, and of them the tape of inner steps' parameters.
   std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
 
+  // Whether so many tasks, of so many samples at a time, run one after the other, each on all threads: that
+  // pays where tasks are fewer than threads and layers are large. It does not change the results.
+  bool shares_tasks(int64_t tasks, int64_t samples, int threads) const;
+
   // The fewest samples with which each convolution goes by Winograd's algorithm; 0 for those that never do.
   std::vector<int64_t> winograd_from() const;
 

@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
       .def("accumulate", meta<&Engine::accumulate>)
       .def("workspace", &Engine::workspace, py::arg("support"), py::arg("query"), py::arg("steps"),
            "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.")
+      .def("shares_tasks", &Engine::shares_tasks, py::arg("tasks"), py::arg("samples"), py::arg("threads"),
+           "Whether so many tasks run one after the other, each on all threads.")
       .def("winograd_from", &Engine::winograd_from,
            "The fewest samples with which each convolution goes by Winograd's algorithm, 0: never.");
 }

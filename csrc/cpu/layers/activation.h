@@ -204,7 +204,7 @@ void activation_tbwd(const Call<Real>& c) {
 }
 
 template <class Real, template <class> class A>
-constexpr LayerFunctions<Real> kActivation{activation_fwd<Real, A>, activation_bwd<Real, A>,
+constexpr LayerFunctions<Real> kActivation{Split::samples, activation_fwd<Real, A>, activation_bwd<Real, A>,
                                            activation_tfwd<Real, A>, activation_tbwd<Real, A>};
 
 }  // namespace METAFAST_ISA

@@ -62,7 +62,8 @@ void add_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kAdd{add_fwd<Real>, add_bwd<Real>, add_tfwd<Real>, add_tbwd<Real>};
+constexpr LayerFunctions<Real> kAdd{Split::samples, add_fwd<Real>, add_bwd<Real>, add_tfwd<Real>,
+                                    add_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -88,8 +88,8 @@ void avg_pool_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kAvgPool{avg_pool_fwd<Real>, avg_pool_bwd<Real>, avg_pool_tfwd<Real>,
-                                        avg_pool_tbwd<Real>};
+constexpr LayerFunctions<Real> kAvgPool{Split::none, avg_pool_fwd<Real>, avg_pool_bwd<Real>,
+                                        avg_pool_tfwd<Real>, avg_pool_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

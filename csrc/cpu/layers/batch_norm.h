@@ -16,20 +16,22 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// Rows of pixels, one vector of channels at a time: row(lane, offset in `in`, offset in `out`, pixels), which
-// lie `in_step` and `out_step` apart. Samples of one pixel are one row.
+// Rows of pixels, one vector of the call's channels at a time: row(lane, offset in `in`, offset in `out`,
+// pixels), which lie `in_step` and `out_step` apart; `before`: pixels of the rows before. Samples of one
+// pixel are one row.
 template <class Real, class Row>
 inline void for_each_channel_row(const Call<Real>& c, const Row& row) {
   const Value &in = *c.in, &out = *c.out;
   const bool features = in.h == 1 && in.w == 1;
   const int64_t samples = features ? 1 : c.samples, pixels = features ? c.samples : in.w;
   const int64_t in_step = features ? in.sample : in.pixel, out_step = features ? out.sample : out.pixel;
+  int64_t before = 0;
   for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t i = 0; i < in.h; ++i) {
+    for (int64_t i = 0; i < in.h; ++i, before += pixels) {
       const int64_t from = in.origin + n * in.sample + i * in.row,
                     to = out.origin + n * out.sample + i * out.row;
-      for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>)
-        row(lane, from + lane, to + lane, pixels, in_step, out_step);
+      for (int64_t lane = c.first_lane; lane < c.last_lane; lane += kLanes<Real>)
+        row(lane, from + lane, to + lane, pixels, in_step, out_step, before);
     }
   }
 }
@@ -41,17 +43,19 @@ template <class Real, int S, class F, class Done>
 inline void channel_sums(const Call<Real>& c, const F& f, const Done& done) {
   const int64_t pixel = c.in->pixel;
   Real* const totals = c.scratch + 2 * pixel;
-  for (int64_t i = 0; i < S * pixel; ++i) totals[i] = 0;
-  for_each_channel_row(
-      c, [&](int64_t lane, int64_t from, int64_t to, int64_t pixels, int64_t in_step, int64_t out_step) {
-        Vec<Real> sum[S] = {};
-        for (int64_t j = 0; j < pixels; ++j, from += in_step, to += out_step) f(from, to, lane, sum);
-        for (int s = 0; s < S; ++s) {
-          Real* const total = totals + s * pixel + lane;
-          store(total, load(total) + sum[s]);
-        }
-      });
-  for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
+  for (int s = 0; s < S; ++s) {
+    for (int64_t lane = c.first_lane; lane < c.last_lane; ++lane) totals[s * pixel + lane] = 0;
+  }
+  for_each_channel_row(c, [&](int64_t lane, int64_t from, int64_t to, int64_t pixels, int64_t in_step,
+                              int64_t out_step, int64_t) {
+    Vec<Real> sum[S] = {};
+    for (int64_t j = 0; j < pixels; ++j, from += in_step, to += out_step) f(from, to, lane, sum);
+    for (int s = 0; s < S; ++s) {
+      Real* const total = totals + s * pixel + lane;
+      store(total, load(total) + sum[s]);
+    }
+  });
+  for (int64_t lane = c.first_lane; lane < c.last_lane; lane += kLanes<Real>) {
     Vec<Real> total[S];
     for (int s = 0; s < S; ++s) total[s] = load(totals + s * pixel + lane);
     done(lane, total);
@@ -66,7 +70,8 @@ inline void for_each_channel(const Call<Real>& c, const F& f) {
     for (int64_t i = 0; i < in.h; ++i) {
       int64_t from = in.origin + n * in.sample + i * in.row, to = out.origin + n * out.sample + i * out.row;
       for (int64_t j = 0; j < in.w; ++j, from += in.pixel, to += out.pixel) {
-        for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) f(from + lane, to + lane, lane);
+        for (int64_t lane = c.first_lane; lane < c.last_lane; lane += kLanes<Real>)
+          f(from + lane, to + lane, lane);
       }
     }
   }
@@ -117,23 +122,23 @@ inline Vec<Real> inverse_root(Vec<Real> x) {
 template <class Real>
 void batch_norm_statistics(const Call<Real>& c, const BatchNorm<Real>& bn) {
   using V = Vec<Real>;
-  for (int64_t i = 0; i < 2 * bn.pixel; ++i) bn.mean[i] = 0;  // r follows: the sum of squares until the end
-  int64_t before = 0;
-  for_each_channel_row(c, [&](int64_t lane, int64_t from, int64_t, int64_t pixels, int64_t step, int64_t) {
-    if (lane == 0) before += pixels;
-    V sum{}, squares{};
-    for (int64_t j = 0; j < pixels; ++j) sum += load(c.x + from + j * step);
-    const V mean = sum * (Real(1) / Real(pixels));
-    for (int64_t j = 0; j < pixels; ++j) {
-      const V centred = load(c.x + from + j * step) - mean;
-      squares += centred * centred;
-    }
-    const V shift = mean - load(bn.mean + lane);
-    const Real share = Real(pixels) / Real(before);  // of the pixels so far, this row's
-    store(bn.mean + lane, load(bn.mean + lane) + share * shift);
-    store(bn.r + lane, load(bn.r + lane) + squares + (Real(before - pixels) * share) * (shift * shift));
-  });
-  for (int64_t lane = 0; lane < bn.pixel; lane += kLanes<Real>) {
+  // r is the sum of squares until the end.
+  for (int64_t lane = c.first_lane; lane < c.last_lane; ++lane) bn.mean[lane] = bn.r[lane] = 0;
+  for_each_channel_row(
+      c, [&](int64_t lane, int64_t from, int64_t, int64_t pixels, int64_t step, int64_t, int64_t before) {
+        V sum{}, squares{};
+        for (int64_t j = 0; j < pixels; ++j) sum += load(c.x + from + j * step);
+        const V mean = sum * (Real(1) / Real(pixels));
+        for (int64_t j = 0; j < pixels; ++j) {
+          const V centred = load(c.x + from + j * step) - mean;
+          squares += centred * centred;
+        }
+        const V shift = mean - load(bn.mean + lane);
+        const Real share = Real(pixels) / Real(before + pixels);  // of the pixels so far, this row's
+        store(bn.mean + lane, load(bn.mean + lane) + share * shift);
+        store(bn.r + lane, load(bn.r + lane) + squares + (Real(before) * share) * (shift * shift));
+      });
+  for (int64_t lane = c.first_lane; lane < c.last_lane; lane += kLanes<Real>) {
     store(bn.r + lane, inverse_root<Real>(load(bn.r + lane) * bn.per_pixel + Real(c.layer->number)));
   }
 }
@@ -244,8 +249,8 @@ void batch_norm_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kBatchNorm{batch_norm_fwd<Real>, batch_norm_bwd<Real>, batch_norm_tfwd<Real>,
-                                          batch_norm_tbwd<Real>};
+constexpr LayerFunctions<Real> kBatchNorm{Split::lanes, batch_norm_fwd<Real>, batch_norm_bwd<Real>,
+                                          batch_norm_tfwd<Real>, batch_norm_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -26,12 +26,12 @@ template <class Real, int kWindow>
 struct PooledNorm : BatchNorm<Real> {
   using V = Vec<Real>;
   const Call<Real>& c;
-  int64_t lanes, plane;  // lanes in use; elements of one pooled plane
+  int64_t lanes, plane;  // up to where the call's lanes are in use; elements of one pooled plane
 
   explicit PooledNorm(const Call<Real>& call)
       : BatchNorm<Real>(call),
         c(call),
-        lanes(lanes_of<Real>(call.in->c)),
+        lanes(std::min(lanes_of<Real>(call.in->c), call.last_lane)),
         plane(call.samples * call.out->h * call.out->w * call.in->pixel) {}
 
   int64_t window() const { return kWindow > 0 ? kWindow : c.layer->kernel_h; }
@@ -48,7 +48,7 @@ struct PooledNorm : BatchNorm<Real> {
     const Value &in = *c.in, &out = *c.out;
     for (int64_t n = 0; n < c.samples; ++n) {
       for (int64_t i = 0; i < out.h; ++i) {
-        for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) {
+        for (int64_t lane = c.first_lane; lane < lanes; lane += kLanes<Real>) {
           row(lane, in.origin + n * in.sample + i * window() * in.row + lane,
               out.origin + n * out.sample + i * out.row + lane, (n * out.h + i) * out.w * this->pixel + lane);
         }
@@ -80,7 +80,8 @@ struct PooledNorm : BatchNorm<Real> {
       for (int64_t i = 0; i < in.h; ++i) {
         const int64_t row = in.origin + n * in.sample + i * in.row;
         for (int64_t j = i < out.h * window() ? out.w * window() : 0; j < in.w; ++j) {
-          for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) f(lane, row + j * this->pixel + lane);
+          for (int64_t lane = c.first_lane; lane < lanes; lane += kLanes<Real>)
+            f(lane, row + j * this->pixel + lane);
         }
       }
     }
@@ -94,14 +95,14 @@ struct PooledNorm : BatchNorm<Real> {
     const int64_t pixel = this->pixel, across = c.out->w;
     Real* const totals = c.scratch + 2 * pixel;
     const Real* const place = this->place();
-    for (int64_t i = 0; i < 2 * pixel; ++i) totals[i] = 0;
+    for (int64_t lane = c.first_lane; lane < c.last_lane; ++lane) totals[lane] = totals[pixel + lane] = 0;
     for_each_output_row([&](int64_t lane, int64_t, int64_t y, int64_t at) {
       V sum[2] = {};
       for (int64_t j = 0; j < across; ++j, y += pixel, at += pixel) f(y, at, load(place + at) >= V{}, sum);
       store(totals + lane, load(totals + lane) + sum[0]);
       store(totals + pixel + lane, load(totals + pixel + lane) + sum[1]);
     });
-    for (int64_t lane = 0; lane < pixel; lane += kLanes<Real>) {
+    for (int64_t lane = c.first_lane; lane < c.last_lane; lane += kLanes<Real>) {
       const V db = load(totals + lane), dg = load(totals + pixel + lane);
       store(first + lane, db * this->per_pixel);
       store(second + lane, dg * this->per_pixel);
@@ -264,8 +265,8 @@ METAFAST_BY_WINDOW(tbwd)
 
 template <class Real>
 constexpr LayerFunctions<Real> kBatchNormReluPool{
-    batch_norm_relu_pool_fwd<Real>, batch_norm_relu_pool_bwd<Real>, batch_norm_relu_pool_tfwd<Real>,
-    batch_norm_relu_pool_tbwd<Real>};
+    Split::lanes, batch_norm_relu_pool_fwd<Real>, batch_norm_relu_pool_bwd<Real>,
+    batch_norm_relu_pool_tfwd<Real>, batch_norm_relu_pool_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

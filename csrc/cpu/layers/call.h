@@ -11,8 +11,10 @@
 // add's second input; dx and dx1 of one add may be wanted or not each on its own.
 //
 // A layer that gives dx must write all lanes of every pixel, zeros in lanes C..pixel-1, and no border.
-// `saved` and `tsaved` have layer.saved_per_sample * N + layer.saved_per_layer elements each, 64-byte
-// aligned, kept from fwd to tbwd. `scratch` is `scratch_size` elements, for the call alone.
+// A layer whose functions are Split::lanes handles the lanes from first_lane to last_lane alone, whole
+// vectors of the instruction set; the others need not look at these. `saved` and `tsaved` have
+// layer.saved_per_sample * N + layer.saved_per_layer elements each, 64-byte aligned, kept from fwd to tbwd.
+// `scratch` is `scratch_size` elements, for the call alone.
 #pragma once
 
 #ifndef METAFAST_ISA
@@ -20,6 +22,7 @@
 #endif
 
 #include "../../engine/program.h"
+#include "split.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -39,6 +42,29 @@ struct Call {
   Real *dx, *dx1, *tdx, *tdx1;
   Real *saved, *tsaved;
   Real* scratch;
+  const Team* team;               // the threads that share the call, null: one
+  int64_t first_lane, last_lane;  // of the channels' vectors, what a call of a layer split by lanes is about
+
+  // The call for samples begin..end alone, of a layer without parameters that saves nothing.
+  Call part(int64_t begin, int64_t end) const {
+    Call c = *this;
+    c.samples = end - begin;
+    const auto shift = [begin](const Value* v, auto&... pointers) {
+      ((pointers = pointers == nullptr ? nullptr : pointers + begin * v->sample), ...);
+    };
+    shift(in, c.x, c.tx, c.dx, c.tdx);
+    if (in1 != nullptr) shift(in1, c.x1, c.tx1, c.dx1, c.tdx1);
+    shift(out, c.y, c.ty, c.dy, c.tdy);
+    return c;
+  }
+};
+
+// How a team shares a layer's call.
+enum class Split {
+  none,     // it does not
+  inside,   // the functions see to it themselves
+  lanes,    // calls for some of the channels each: [first_lane, last_lane) of every pixel
+  samples,  // calls for some of the samples each; only where nothing is saved and there are no parameters
 };
 
 // A layer's row in the table: what is missing does not compile.
@@ -46,8 +72,9 @@ template <class Real>
 struct LayerFunctions {
   using Function = void (*)(const Call<Real>&);
   Function fwd, bwd, tfwd, tbwd;
-  constexpr LayerFunctions(Function f, Function b, Function tf, Function tb)
-      : fwd(f), bwd(b), tfwd(tf), tbwd(tb) {}
+  Split split;
+  constexpr LayerFunctions(Split s, Function f, Function b, Function tf, Function tb)
+      : fwd(f), bwd(b), tfwd(tf), tbwd(tb), split(s) {}
 };
 
 }  // namespace METAFAST_ISA

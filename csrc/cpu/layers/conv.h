@@ -76,7 +76,7 @@ void conv_input_gradient(const Call<Real>& c, const Real* dy, const Real* wt, co
                       l.stride_h * in.row,
                       l.stride_w * in.pixel};
       // With no tap (a stride beyond the kernel) this writes the zeros.
-      multiply(walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
+      multiply(c.team, walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
                Finish<Real>{nullptr, false, l.gated ? c.x : nullptr}, dx);
     }
   }
@@ -88,7 +88,7 @@ void conv_weight_gradient(const Call<Real>& c, const Real* x, const Real* dy, co
                           Real* dw) {
   const Layer& l = *c.layer;
   const Value &in = *c.in, &out = *c.out;
-  outer(conv_walk(l, in, out, c.samples), x, l.reads, l.kernel_h * l.kernel_w * in.c, dy, x1, dy1,
+  outer(c.team, conv_walk(l, in, out, c.samples), x, l.reads, l.kernel_h * l.kernel_w * in.c, dy, x1, dy1,
         lanes_of<Real>(out.c), dw, out.pixel, false);
 }
 
@@ -116,7 +116,7 @@ void conv_fwd(const Call<Real>& c) {
     offset[t] = l.reads[t * in.c];
     b[t] = c.w + t * block;
   }
-  multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+  multiply(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
            lanes_of<Real>(out.c), Finish<Real>{l.bias ? c.w + taps * block : nullptr, l.relu != 0, nullptr},
            c.y);
 }
@@ -146,7 +146,7 @@ void conv_tfwd(const Call<Real>& c) {
     offset[t] = l.reads[tap * in.c] + (second ? c.tx - c.x : 0);
     b[t] = (second ? c.w : c.tw) + tap * block;
   }
-  multiply(conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+  multiply(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
            lanes_of<Real>(out.c),
            Finish<Real>{l.bias ? c.tw + kernel * block : nullptr, false, l.relu ? c.y : nullptr}, c.ty);
 }
@@ -162,7 +162,8 @@ void conv_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kConv{conv_fwd<Real>, conv_bwd<Real>, conv_tfwd<Real>, conv_tbwd<Real>};
+constexpr LayerFunctions<Real> kConv{Split::inside, conv_fwd<Real>, conv_bwd<Real>, conv_tfwd<Real>,
+                                     conv_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

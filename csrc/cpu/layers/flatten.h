@@ -61,7 +61,7 @@ void flatten_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kFlatten{flatten_fwd<Real>, flatten_bwd<Real>, flatten_tfwd<Real>,
+constexpr LayerFunctions<Real> kFlatten{Split::none, flatten_fwd<Real>, flatten_bwd<Real>, flatten_tfwd<Real>,
                                         flatten_tbwd<Real>};
 
 }  // namespace METAFAST_ISA

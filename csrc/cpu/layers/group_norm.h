@@ -224,8 +224,8 @@ void group_norm_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kGroupNorm{group_norm_fwd<Real>, group_norm_bwd<Real>, group_norm_tfwd<Real>,
-                                          group_norm_tbwd<Real>};
+constexpr LayerFunctions<Real> kGroupNorm{Split::none, group_norm_fwd<Real>, group_norm_bwd<Real>,
+                                          group_norm_tfwd<Real>, group_norm_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

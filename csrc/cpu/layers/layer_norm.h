@@ -213,8 +213,8 @@ void layer_norm_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kLayerNorm{layer_norm_fwd<Real>, layer_norm_bwd<Real>, layer_norm_tfwd<Real>,
-                                          layer_norm_tbwd<Real>};
+constexpr LayerFunctions<Real> kLayerNorm{Split::none, layer_norm_fwd<Real>, layer_norm_bwd<Real>,
+                                          layer_norm_tfwd<Real>, layer_norm_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -147,7 +147,7 @@ void linear_narrow_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kLinearNarrow{linear_narrow_fwd<Real>, linear_narrow_bwd<Real>,
+constexpr LayerFunctions<Real> kLinearNarrow{Split::none, linear_narrow_fwd<Real>, linear_narrow_bwd<Real>,
                                              linear_narrow_tfwd<Real>, linear_narrow_tbwd<Real>};
 
 }  // namespace METAFAST_ISA

@@ -224,8 +224,8 @@ void max_pool_tbwd(const Call<Real>& c) {
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kMaxPool{max_pool_fwd<Real>, max_pool_bwd<Real>, max_pool_tfwd<Real>,
-                                        max_pool_tbwd<Real>};
+constexpr LayerFunctions<Real> kMaxPool{Split::none, max_pool_fwd<Real>, max_pool_bwd<Real>,
+                                        max_pool_tfwd<Real>, max_pool_tbwd<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -5,10 +5,11 @@
 //
 // q walks over pixels of several samples, in two values at once. A register tile holds `rows` x `vectors`
 // accumulators; scalars of a are broadcast, so that a may have any strides; rows of b, c, d, g are whole
-// vectors. Overwrites c; overwrites or adds to d.
+// vectors. Overwrites c; overwrites or adds to d. A team, which may be null, takes tiles.
 #pragma once
 
 #include "simd.h"
+#include "split.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -31,7 +32,13 @@ struct Walk {
 struct Cursor {
   const Walk& walk;
   int64_t n = 0, i = 0, j = 0, from, to;
-  explicit Cursor(const Walk& w) : walk(w), from(w.from_origin), to(w.to_origin) {}
+  explicit Cursor(const Walk& w, int64_t pixel = 0) : walk(w), from(w.from_origin), to(w.to_origin) {
+    if (pixel == 0) return;
+    n = pixel / (w.h * w.w);
+    i = pixel / w.w % w.h;
+    j = pixel % w.w;
+    go();
+  }
   void next() {
     if (++j < walk.w) {
       from += walk.from_pixel;
@@ -43,8 +50,11 @@ struct Cursor {
       i = 0;
       ++n;
     }
-    from = walk.from_origin + n * walk.from_sample + i * walk.from_row;
-    to = walk.to_origin + n * walk.to_sample + i * walk.to_row;
+    go();
+  }
+  void go() {
+    from = walk.from_origin + n * walk.from_sample + i * walk.from_row + j * walk.from_pixel;
+    to = walk.to_origin + n * walk.to_sample + i * walk.to_row + j * walk.to_pixel;
   }
 };
 
@@ -59,6 +69,9 @@ constexpr int most_rows(int vectors) {
 inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 inline int part_size(int64_t whole, int64_t parts, int64_t index) {
   return int(whole / parts + (index < whole % parts ? 1 : 0));
+}
+inline int64_t part_begin(int64_t whole, int64_t parts, int64_t index) {
+  return whole / parts * index + std::min(index, whole % parts);
 }
 
 template <class Real>
@@ -239,26 +252,29 @@ struct Columns {
 
 // c at walk.to, `columns` lanes of each pixel; a at walk.from.
 template <class Real>
-void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns,
+void multiply(const Team* team, const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns,
               const Finish<Real>& finish, Real* c) {
   const Walk walk = where.collapsed();
   const Columns<Real> cut(columns);
   const int64_t pixels = walk.count();
+  const double work = 2.0 * double(pixels) * double(taps.count * taps.k) * double(columns);
   for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
     const int across = cut.across(group);
     const auto& tiles_of = kTiles<Real>.multiply[cut.ends_half(group)][across - 1];
     const int64_t tiles = parts_of(pixels, most_rows(across));
-    Cursor cursor(walk);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int rows = part_size(pixels, tiles, tile);
-      const Real* from[kMostRows];
-      Real* to[kMostRows];
-      for (int m = 0; m < rows; ++m, cursor.next()) {
-        from[m] = a + cursor.from;
-        to[m] = c + cursor.to;
+    in_parts(team, tiles, work / double(cut.groups), [&](int64_t begin, int64_t end) {
+      Cursor cursor(walk, begin == 0 ? 0 : part_begin(pixels, tiles, begin));
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int rows = part_size(pixels, tiles, tile);
+        const Real* from[kMostRows];
+        Real* to[kMostRows];
+        for (int m = 0; m < rows; ++m, cursor.next()) {
+          from[m] = a + cursor.from;
+          to[m] = c + cursor.to;
+        }
+        tiles_of[rows - 1](from, taps, column, finish, c, to);
       }
-      tiles_of[rows - 1](from, taps, column, finish, c, to);
-    }
+    });
     column += across * kLanes<Real>;
   }
 }
@@ -266,8 +282,8 @@ void multiply(const Walk& where, const Real* a, const Taps<Real>& taps, int64_t 
 // d (rows, ldd), `columns` lanes of each row: row m sums a at walk.from + offset[m] times g at walk.to, and
 // with a second pair a1 times g1 after it.
 template <class Real>
-void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t rows, const Real* g,
-           const Real* a1, const Real* g1, int64_t columns, Real* d, int64_t ldd, bool add) {
+void outer(const Team* team, const Walk& pixels, const Real* a, const int64_t* offset, int64_t rows,
+           const Real* g, const Real* a1, const Real* g1, int64_t columns, Real* d, int64_t ldd, bool add) {
   const Second second = a1 == nullptr ? Second{1, 0, 0} : Second{2, a1 - a, g1 - g};
   // Blocks of samples of which both values stay in the cache over all tiles.
   constexpr int64_t kBlockBytes = 256 * 1024;
@@ -276,24 +292,31 @@ void outer(const Walk& pixels, const Real* a, const int64_t* offset, int64_t row
   const int64_t fit = bytes > kBlockBytes ? 1 : kBlockBytes / bytes;
   const int64_t blocks = parts_of(walk.samples, fit);
   const Columns<Real> cut(columns);
-  Walk block = walk;
-  for (int64_t b = 0; b < blocks; ++b) {
-    block.samples = part_size(walk.samples, blocks, b);
-    for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
-      const int across = cut.across(group);
-      const auto& tiles_of = kTiles<Real>.outer[cut.ends_half(group)][across - 1];
-      const int64_t tiles = parts_of(rows, most_rows(across));
-      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int high = part_size(rows, tiles, tile);
-        tiles_of[high - 1](a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
-                           add || b > 0);
-        row += high;
+  // Tiles high, for columns that are all but the last kMostVectors vectors wide.
+  const int64_t most_tiles = parts_of(rows, most_rows(kMostVectors));
+  const double work = 2.0 * double(second.pairs * walk.count()) * double(rows * columns);
+  in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
+    Walk block = walk;
+    for (int64_t b = 0; b < blocks; ++b) {
+      block.samples = part_size(walk.samples, blocks, b);
+      for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+        const int across = cut.across(group);
+        const auto& tiles_of = kTiles<Real>.outer[cut.ends_half(group)][across - 1];
+        const int64_t tiles = parts_of(rows, most_rows(across));
+        const int64_t first = tiles * begin / most_tiles, last = tiles * end / most_tiles;
+        int64_t row = first == 0 ? 0 : part_begin(rows, tiles, first);
+        for (int64_t tile = first; tile < last; ++tile) {
+          const int high = part_size(rows, tiles, tile);
+          tiles_of[high - 1](a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
+                             add || b > 0);
+          row += high;
+        }
+        column += across * kLanes<Real>;
       }
-      column += across * kLanes<Real>;
+      block.from_origin += block.samples * block.from_sample;
+      block.to_origin += block.samples * block.to_sample;
     }
-    block.from_origin += block.samples * block.from_sample;
-    block.to_origin += block.samples * block.to_sample;
-  }
+  });
 }
 
 // sums[:] = sum over pixels of g at walk.to; a row's sum first, for the rounding.

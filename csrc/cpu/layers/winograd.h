@@ -32,9 +32,10 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-constexpr int kWinogradTile = 4;    // outputs a side
-constexpr int kWinogradReads = 6;   // inputs a side
-constexpr int kWinogradParts = 36;  // components
+constexpr int kWinogradTile = 4;        // outputs a side
+constexpr int kWinogradReads = 6;       // inputs a side
+constexpr int kWinogradParts = 36;      // components
+constexpr double kTransformWork = 200;  // operations of a transform for a tile's channel, roughly
 
 // The transforms: each along one side replaces elements at p[0], p[s], p[2 s], ...
 template <class Real>
@@ -206,11 +207,13 @@ struct WinogradCall {
     }
   }
 
-  // visit(number in the block, sample, output row, output column of its first pixel).
+  // visit(number in the block, sample, output row, output column of its first pixel), for the tiles from
+  // number `begin` of the block to `end`.
   template <class Visit>
-  void for_each_tile(int64_t first, int64_t count, const Visit& visit) const {
-    int64_t n = first / each, i = first % each / across, j = first % each % across;
-    for (int64_t t = 0; t < count; ++t) {
+  void for_each_tile(int64_t first, int64_t begin, int64_t end, const Visit& visit) const {
+    const int64_t tile = first + begin;
+    int64_t n = tile / each, i = tile % each / across, j = tile % each % across;
+    for (int64_t t = begin; t < end; ++t) {
       visit(t, n, i * kWinogradTile, j * kWinogradTile);
       if (++j < across) continue;
       j = 0;
@@ -220,9 +223,16 @@ struct WinogradCall {
     }
   }
 
+  // The same for all tiles of the block, by the team; a tile has so many channels.
+  template <class Visit>
+  void for_each_tile_at_once(int64_t first, int64_t count, int64_t channels, const Visit& visit) const {
+    in_parts(c.team, count, kTransformWork * double(count * channels),
+             [&](int64_t begin, int64_t end) { for_each_tile(first, begin, end, visit); });
+  }
+
   // u = B' x B of the block's tiles. What lies beyond x's border is zero.
   void transform_reads(int64_t first, int64_t count, const Real* x, Real* u) const {
-    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+    for_each_tile_at_once(first, count, in.pixel, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
       const int64_t row = i - c.layer->pad_h, column = j - c.layer->pad_w;
       const Real* from = x + in.origin + n * in.sample + row * in.row + column * in.pixel;
       const int64_t h = std::min<int64_t>(kWinogradReads, in.h + in.border - row),
@@ -245,7 +255,7 @@ struct WinogradCall {
 
   // v = A dy A' of the block's tiles. What lies beyond y's edges is zero.
   void transform_adjoints(int64_t first, int64_t count, const Real* dy, Real* v) const {
-    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+    for_each_tile_at_once(first, count, out.pixel, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
       const Real* from = dy + out.origin + n * out.sample + i * out.row + j * out.pixel;
       const int64_t h = std::min<int64_t>(kWinogradTile, out.h - i),
                     w = std::min<int64_t>(kWinogradTile, out.w - j);
@@ -261,7 +271,7 @@ struct WinogradCall {
 
   // y = bias + A' m A.
   void inverse_outputs(int64_t first, int64_t count, const Real* m, const Real* bias, Real* to) const {
-    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+    for_each_tile_at_once(first, count, out.pixel, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
       Real* const y0 = to + out.origin + n * out.sample + i * out.row + j * out.pixel;
       const int64_t h = std::min<int64_t>(kWinogradTile, out.h - i),
                     w = std::min<int64_t>(kWinogradTile, out.w - j);
@@ -276,16 +286,21 @@ struct WinogradCall {
     });
   }
 
-  // dx += B m B', where tiles overlap; a sample begins as zeros.
+  // dx += B m B', where tiles overlap; a sample begins as zeros. The team shares channels, not tiles.
   void inverse_reads(int64_t first, int64_t count, const Real* m, Real* dx) const {
-    for_each_tile(first, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
+    const int64_t vectors = in.pixel / kLanes<Real>;
+    in_parts(c.team, vectors, kTransformWork * double(count * in.pixel), [&](int64_t begin, int64_t end) {
+      inverse_reads_of(first, count, m, dx, begin * kLanes<Real>, end * kLanes<Real>);
+    });
+  }
+  void inverse_reads_of(int64_t first, int64_t count, const Real* m, Real* dx, int64_t lanes_begin,
+                        int64_t lanes_end) const {
+    for_each_tile(first, 0, count, [&](int64_t t, int64_t n, int64_t i, int64_t j) {
       const int64_t row = i - c.layer->pad_h, column = j - c.layer->pad_w;
       Real* const sample = dx + in.origin + n * in.sample;
-      if (i == 0 && j == 0) {
-        for (int64_t y = 0; y < in.h; ++y) std::fill_n(sample + y * in.row, in.w * in.pixel, Real(0));
-      }
+      if (i == 0 && j == 0) clear(sample, lanes_begin, lanes_end);
       Real* const to = sample + row * in.row + column * in.pixel;
-      for (int64_t lane = 0; lane < in.pixel; lane += kLanes<Real>) {
+      for (int64_t lane = lanes_begin; lane < lanes_end; lane += kLanes<Real>) {
         Transform::template both_sides<typename Transform::ReadsTransposed, 6, 6>(
             [&](int y, int x) { return load(m + (y * 6 + x) * in_part + t * in.pixel + lane); },
             [&](int y, int x, V value) {
@@ -296,14 +311,30 @@ struct WinogradCall {
       }
     });
   }
+  // Zeros in some lanes of a sample of x.
+  void clear(Real* sample, int64_t lanes_begin, int64_t lanes_end) const {
+    for (int64_t y = 0; y < in.h; ++y) {
+      for (int64_t x = 0; x < in.w; ++x) {
+        Real* const at = sample + y * in.row + x * in.pixel;
+        for (int64_t lane = lanes_begin; lane < lanes_end; lane += kLanes<Real>) store(at + lane, V{});
+      }
+    }
+  }
 
   // W = G w G', of taps of so many elements, into components so far apart.
   void transform_taps(const Real* taps, int64_t tap, int64_t part, Real* to) const {
-    for (int64_t at = 0; at < tap; at += kLanes<Real>) {
+    for_each_weight(tap, [&](int64_t at) {
       Transform::template both_sides<typename Transform::Weights, 3, 6>(
           [&](int y, int x) { return load(taps + (y * 3 + x) * tap + at); },
           [&](int y, int x, V value) { store(to + (y * 6 + x) * part + at, value); });
-    }
+    });
+  }
+  // visit(element of a tap), a vector at a time.
+  template <class Visit>
+  void for_each_weight(int64_t tap, const Visit& visit) const {
+    in_parts(c.team, tap / kLanes<Real>, kTransformWork * double(tap), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) visit(i * kLanes<Real>);
+    });
   }
   void transform_weights(const Real* weights, Real* to) const {
     transform_taps(weights, in.c * out.pixel, w_part, to);
@@ -317,11 +348,11 @@ struct WinogradCall {
   // dw = G' d G.
   void inverse_weights(const Real* d, Real* dw) const {
     const int64_t tap = in.c * out.pixel;
-    for (int64_t at = 0; at < tap; at += kLanes<Real>) {
+    for_each_weight(tap, [&](int64_t at) {
       Transform::template both_sides<typename Transform::WeightsTransposed, 6, 3>(
           [&](int y, int x) { return load(d + (y * 6 + x) * w_part + at); },
           [&](int y, int x, V value) { store(dw + (y * 3 + x) * tap + at, value); });
-    }
+    });
   }
 
   // m = u w, and with a second pair + u1 w1, for each component; rows of `from` elements and columns of `to`.
@@ -329,12 +360,19 @@ struct WinogradCall {
                 int64_t from, int64_t from_part, int64_t weights_part, int64_t to, int64_t to_part,
                 Real* m) const {
     const Walk walk{1, 1, count, 0, 0, 0, from, 0, 0, 0, to};
-    for (int part = 0; part < kWinogradParts; ++part) {
+    for_each_part((u1 == nullptr ? 1 : 2) * double(count * from * to), [&](int64_t part) {
       const int64_t offset[2] = {0, u1 == nullptr ? 0 : u1 - u};
       const Real* const b[2] = {w + part * weights_part, u1 == nullptr ? nullptr : w1 + part * weights_part};
-      multiply(walk, u + part * from_part, Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to}, to,
-               Finish<Real>{}, m + part * to_part);
-    }
+      multiply(nullptr, walk, u + part * from_part, Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to},
+               to, Finish<Real>{}, m + part * to_part);
+    });
+  }
+  // visit(component), of which each takes `work` multiplications.
+  template <class Visit>
+  void for_each_part(double work, const Visit& visit) const {
+    in_parts(c.team, kWinogradParts, 2 * kWinogradParts * work, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) visit(part);
+    });
   }
   void forward_products(int64_t count, const Real* u, const Real* w, const Real* u1, const Real* w1,
                         Real* m) const {
@@ -348,12 +386,12 @@ struct WinogradCall {
   void weight_products(int64_t count, const Real* u, const Real* v, const Real* u1, const Real* v1,
                        bool add) const {
     const Walk walk{1, 1, count, 0, 0, 0, in.pixel, 0, 0, 0, out.pixel};
-    for (int part = 0; part < kWinogradParts; ++part) {
+    for_each_part((u1 == nullptr ? 1 : 2) * double(count * in.c * out.pixel), [&](int64_t part) {
       // The first of the layer's reads are the channels of one tap: 0, 1, 2, ...
-      outer(walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part,
+      outer(nullptr, walk, u + part * in_part, c.layer->reads, in.c, v + part * out_part,
             u1 == nullptr ? nullptr : u1 + part * in_part, u1 == nullptr ? nullptr : v1 + part * out_part,
             out.pixel, d() + part * w_part, out.pixel, add);
-    }
+    });
   }
 };
 
