@@ -17,7 +17,7 @@ from metafast.engine.guard import has_hooks
 from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
-from metafast.ops.lstm import lstm_vjp
+from metafast.ops.lstm import MOST_LAYERS, lstm_vjp
 
 State = tuple[Tensor, ...]
 Cotangents = tuple[Tensor | None, ...]
@@ -58,7 +58,9 @@ class UpdateRule(nn.Module, ABC):
         return None
 
     def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
-        """The rates, if the rule is phi - rate g, whatever phi, g and the state: the whole meta-step is then one call.
+        """The rates, if the rule is phi - rate g, or phi - rate O(g, s) with O the :meth:`plain_optimizer`.
+
+        The whole meta-step is then one native call.
 
         Args:
             steps: K.
@@ -67,6 +69,10 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             One for all, or (1, P), or (K, P), differentiable in psi; None for any other rule.
         """
+        return None
+
+    def plain_optimizer(self) -> LSTMOptimizer | None:
+        """O, if the rule is phi - rate O(g, s) with one rate for all; None for any other rule."""
         return None
 
 
@@ -304,6 +310,12 @@ class LearnedRule(UpdateRule):
         weights = list(optimizer.weights)
         d_grads, d_state, d_weights = lstm_vjp(d_updates, carried, grads.reshape(-1), state[0], weights, optimizer.p)
         return (lam, d_grads.view_as(grads), d_state), d_weights
+
+    def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
+        return None if self.plain_optimizer() is None else self.lr
+
+    def plain_optimizer(self) -> LSTMOptimizer | None:
+        return self.optimizer if self._plain() and self.optimizer.layers <= MOST_LAYERS else None
 
     def _plain(self) -> bool:
         """Whether the step is what this class and LSTMOptimizer say: no subclass, no hook, no weight used twice."""

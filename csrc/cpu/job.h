@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../engine/program.h"
+#include "../lstm.h"
 #include "team.h"
 
 namespace metafast::cpu {
@@ -22,6 +23,7 @@ struct WorkspaceLayout {
   int64_t w, direction, product;  // (params,) each; w holds a task's own parameters, in a meta-step lam
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
   int64_t query_tape;  // (steps - 1, params) where earlier steps have a query loss: its gradients there
+  int64_t rule;        // what the update rule needs
   int64_t kept;        // from one inner step's values, adjoints and saved to the next's; 0: all use the same
   int64_t size;
 };
@@ -58,12 +60,14 @@ struct Job {
   Real rate;
   const Real* rates;
   int64_t rates_stride;
+  // Not null: phi_{k+1} = phi_k - rate O(g_k, s_k), s_0 = 0.
+  const LstmWeights<Real>* lstm;
   // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K).
   const Real* query_weights;
 
   // Results; null where not wanted. gradient: (T, P) in the user's order, for meta_step (T, params) in the
-  // engine's; so for rate_gradient (T, K or 1, params).
-  Real *losses, *logits, *accuracy, *gradient, *rate_gradient;
+  // engine's; so for rate_gradient (T, K or 1, params). rule_gradient: (T, lstm->count()), with gradient.
+  Real *losses, *logits, *accuracy, *gradient, *rate_gradient, *rule_gradient;
 };
 
 template <class Real>
@@ -73,6 +77,8 @@ struct EngineFunctions {
   void (*to_engine)(const Program&, const Real* adapting, const Real* constants, Real* w);
   // And the adapting ones back; those that no layer uses become zero.
   void (*to_user)(const Program&, const Real* w, Real* adapting);
+  // Elements of workspace that the job's update rule takes; the job needs no layout and no data yet.
+  int64_t (*rule_workspace)(const Job<Real>&, bool wants_gradient);
   void (*run_task)(const Job<Real>&, int64_t task, Real* workspace);
   // sums[i] = sum_t weights[t] rows[t * size + i] in the order of tasks, for i in [begin, end).
   void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t size, const Real* weights, int64_t begin,

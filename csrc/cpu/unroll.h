@@ -1,15 +1,15 @@
 // A task from its first inner step to its meta-gradient: forward and backward through a Program, the inner
 // loop, and the adjoint recursion
 //
-//   lam = grad L_query(phi_K);   for k = K-1..0:  lam += H_support(phi_k) (-rate_k lam)
+//   lam = grad L_query(phi_K);   for k = K-1..0:  lam += H_support(phi_k) lam_g
 //
-// where d rate_k = -lam * g_k, with lam as it is before; with query losses at earlier steps, v_k
-// L_query(phi_k), their gradients join lam on its way. A Hessian-vector product is forward, backward, forward
-// tangent, backward tangent at phi_k. The activations of the last inner step are still there when the
-// recursion begins; those of the others are computed again from phi_k, so memory does not grow with the steps
-// but by the parameters themselves - unless those of all steps fit in a core's cache, when they are kept
-// (engine/build.cpp decides). Compiled once per instruction set; calls nothing outside of it, allocates
-// nothing, starts no thread. Tested by tests/engine/ and tests/test_inner_options.py.
+// where lam_g, and what the update rule's own parameters get, is the rule's (rules.h); with query losses at
+// earlier steps, v_k L_query(phi_k), their gradients join lam on its way. A Hessian-vector product is
+// forward, backward, forward tangent, backward tangent at phi_k. The activations of the last inner step are
+// still there when the recursion begins; those of the others are computed again from phi_k, so memory does
+// not grow with the steps but by the parameters themselves - unless those of all steps fit in a core's cache,
+// when they are kept (engine/build.cpp decides). Compiled once per instruction set; calls nothing outside of
+// it, allocates nothing, starts no thread. Tested by tests/engine/ and tests/test_inner_options.py.
 #pragma once
 
 #include "job.h"
@@ -25,6 +25,7 @@
 #include "layers/linear_narrow.h"
 #include "layers/loss.h"
 #include "layers/max_pool.h"
+#include "rules.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -263,66 +264,11 @@ struct Network {
   }
 };
 
-// Parameters of one task in the engine's order from the user's; null constants where there are none.
-template <class Real>
-void to_engine(const Program& program, const Real* adapting, const Real* constants, Real* w) {
-  for (int64_t i = 0; i < program.params; ++i) {
-    const int64_t from = program.source[i];
-    w[i] = from < 0                  ? Real(0)
-           : from < program.adapting ? adapting[from]
-           : constants               ? constants[from - program.adapting]
-                                     : Real(0);
-  }
-}
-
-// The adapting parameters' gradients in the user's order; those that no layer uses are zero.
-template <class Real>
-void to_user(const Program& program, const Real* w, Real* adapting) {
-  for (int64_t p = 0; p < program.adapting; ++p) adapting[p] = 0;
-  for (int64_t i = 0; i < program.params; ++i) {
-    const int64_t to = program.source[i];
-    if (to >= 0 && to < program.adapting) adapting[to] = w[i];
-  }
-}
-
 // The targets from a sample on, counted through all tasks.
 template <class Real>
 inline Targets<Real> targets_of(const Data<Real>& data, int64_t sample, int64_t outputs) {
   return {data.labels == nullptr ? nullptr : data.labels + sample,
           data.values == nullptr ? nullptr : data.values + sample * outputs};
-}
-
-// to = from - rate_k * g, elementwise.
-template <class Real>
-inline void step(const Job<Real>& job, int64_t k, const Real* from, const Real* g, Real* to) {
-  const int64_t params = job.program->params;
-  if (job.rates == nullptr) {
-    const Vec<Real> rate = splat(job.rate);
-    for (int64_t i = 0; i < params; i += kLanes<Real>) store(to + i, load(from + i) - rate * load(g + i));
-    return;
-  }
-  const Real* const rates = job.rates + k * job.rates_stride;
-  for (int64_t i = 0; i < params; i += kLanes<Real>)
-    store(to + i, load(from + i) - load(rates + i) * load(g + i));
-}
-
-// to = lam + H (-rate_k lam) with the Hessian at the support pass's parameters; `direction` and `product` are
-// buffers.
-template <class Real>
-inline void step_back(const Job<Real>& job, int64_t k, const Network<Real>& support, const Real* lam,
-                      Real* direction, Real* product, Real* to) {
-  const int64_t params = job.program->params;
-  if (job.rates == nullptr) {  // the same for all: H is linear
-    support.hessian_vector(lam, product);
-    const Vec<Real> rate = splat(job.rate);
-    for (int64_t i = 0; i < params; i += kLanes<Real>)
-      store(to + i, load(lam + i) - rate * load(product + i));
-    return;
-  }
-  const Real* const rates = job.rates + k * job.rates_stride;
-  for (int64_t i = 0; i < params; i += kLanes<Real>) store(direction + i, -load(rates + i) * load(lam + i));
-  support.hessian_vector(direction, product);
-  for (int64_t i = 0; i < params; i += kLanes<Real>) store(to + i, load(lam + i) + load(product + i));
 }
 
 // to += factor * from.
@@ -332,7 +278,7 @@ inline void add_scaled(int64_t count, Real factor, const Real* from, Real* to) {
   for (int64_t i = 0; i < count; i += kLanes<Real>) store(to + i, load(to + i) + by * load(from + i));
 }
 
-template <class Real>
+template <class Real, template <class> class Rule>
 void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   const Program& program = *job.program;
   const WorkspaceLayout& layout = *job.layout;
@@ -343,6 +289,7 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   Real *const product = workspace + layout.product, *const direction = workspace + layout.direction;
   const auto phi = [&](int64_t k) { return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * params; };
   const bool wants_gradient = job.gradient != nullptr;
+  Rule<Real> rule(job, task, workspace + layout.rule);
 
   Targets<Real> support_y{};
   const auto go_to = [&](int64_t k) {  // the parameters, the batch and the place of step k
@@ -367,7 +314,7 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
     support.forward();
     support.loss(support_y, true);
     support.backward(product);
-    step(job, k, support.w, product, workspace + layout.tape + k * params);
+    rule.step(k, support.w, product, workspace + layout.tape + k * params);
     if (v == nullptr || k + 1 == steps || v[k] == 0) continue;
     query.w = phi(k + 1);
     query.forward();
@@ -391,37 +338,33 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   if (last != 1) {
     for (int64_t i = 0; i < params; i += kLanes<Real>) store(lam + i, last * load(lam + i));
   }
-  const int64_t rate_rows = job.rates_stride == 0 ? 1 : steps;
-  Real* const rate_gradient =
-      job.rate_gradient == nullptr ? nullptr : job.rate_gradient + task * rate_rows * params;
   Real* sum = lam;  // where lam goes next
   for (int64_t k = steps - 1; k >= 0; --k) {
     const bool there = k == steps - 1 || layout.kept > 0;
-    if (rate_gradient != nullptr || !job.first_order) {
+    if (rule.wants_g() || !job.first_order) {
       go_to(k);
       if (!there) {
         support.forward();
         support.loss(support_y, true);
       }
     }
-    if (rate_gradient != nullptr) {
+    if (rule.wants_g()) {
       if (k != steps - 1) support.backward(product);  // the last step's g is there still
-      Real* const row = rate_gradient + (job.rates_stride == 0 ? 0 : k) * params;
-      const bool begins = job.rates_stride != 0 || k == steps - 1;
-      for (int64_t i = 0; i < params; i += kLanes<Real>) {
-        const Vec<Real> part = -load(lam + i) * load(product + i);
-        store(row + i, begins ? part : load(row + i) + part);
-      }
     } else if (!job.first_order && !there) {
       support.backward(nullptr);
     }
+    const Pull<Real> pull = rule.pull(k, lam, product, direction);
     if (!job.first_order) {
       sum = k == 0 ? gradient : lam;
-      step_back(job, k, support, lam, direction, product, sum);
+      support.hessian_vector(pull.along, product);
+      const Vec<Real> factor = splat(pull.factor);
+      for (int64_t i = 0; i < params; i += kLanes<Real>)
+        store(sum + i, load(lam + i) + factor * load(product + i));
     }
     if (v != nullptr && k > 0 && v[k - 1] != 0)
       add_scaled(params, v[k - 1], query_tape + (k - 1) * params, lam);
   }
+  rule.end();
   if (sum == gradient) return;
   for (int64_t i = 0; i < params; i += kLanes<Real>) store(gradient + i, load(lam + i));
 }
@@ -485,15 +428,16 @@ void weighted_sum(const Real* rows, int64_t tasks, int64_t size, const Real* wei
 template <class Real>
 void run_task(const Job<Real>& job, int64_t task, Real* workspace) {
   if (job.what == What::meta_step) {
-    meta_step(job, task, workspace);
+    job.lstm == nullptr ? meta_step<Real, PlainRule>(job, task, workspace)
+                        : meta_step<Real, LearnedRule>(job, task, workspace);
   } else {
     single(job, task, workspace);
   }
 }
 
 template <class Real>
-constexpr EngineFunctions<Real> kEngineFunctions{to_engine<Real>, to_user<Real>, run_task<Real>,
-                                                 weighted_sum<Real>};
+constexpr EngineFunctions<Real> kEngineFunctions{to_engine<Real>, to_user<Real>, rule_workspace<Real>,
+                                                 run_task<Real>, weighted_sum<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

@@ -400,9 +400,9 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
 }
 
 const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
-                                         int64_t steps, bool query_losses) {
+                                         int64_t steps, bool query_losses, int64_t rule) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses};
+  const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule};
   const auto found = layouts_.find(key);
   if (found != layouts_.end()) return found->second.layout;
   LayoutStore& store = layouts_[key];
@@ -422,6 +422,8 @@ const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, in
   layout.product = take(1);
   layout.tape = take(steps);
   layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
+  layout.rule = layout.size;
+  layout.size += rule;
   return layout;
 }
 

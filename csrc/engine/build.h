@@ -28,10 +28,10 @@ class Plan {
   double operations() const;
 
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
-  // and with query losses at all steps or not. The same arguments give the same object, which lives as long
-  // as the network. Safe from several threads.
+  // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
+  // give the same object, which lives as long as the network. Safe from several threads.
   const cpu::WorkspaceLayout& layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
-                                     int64_t steps, bool query_losses = false);
+                                     int64_t steps, bool query_losses = false, int64_t rule = 0);
 
  private:
   struct PassStore {
@@ -41,7 +41,7 @@ class Plan {
     PassStore support, query;
     cpu::WorkspaceLayout layout;
   };
-  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool>;
+  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool, int64_t>;
 
   void add_layer(const int64_t* d, double number, double number1);
   size_t only_reader(int32_t value) const;

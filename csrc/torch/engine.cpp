@@ -2,13 +2,8 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -20,6 +15,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/pool.h"
+#include "lstm_weights.h"
 
 namespace metafast {
 
@@ -49,12 +45,6 @@ void* zeros(size_t size) {
 template <class Real>
 const cpu::EngineFunctions<Real>& functions() {
   return cpu::functions_for<Real>(kTables.current());
-}
-
-// Calls f(Real{}) for the dtype.
-template <class F>
-auto with_real(at::ScalarType dtype, const F& f) {
-  return dtype == at::kFloat ? f(float{}) : f(double{});
 }
 
 template <class Real>
@@ -116,14 +106,16 @@ template <class Real>
 class Engine::Call {
  public:
   Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps, bool query_losses = false)
+       int64_t steps, bool query_losses = false, const LstmWeights<Real>* lstm = nullptr)
       : engine_(engine) {
     job.what = what;
     job.program = &engine.plan_.program();
-    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses);
     job.tasks = tasks;
     job.steps = steps;
     job.batches = 1;
+    job.lstm = lstm;
+    const int64_t rule = functions<Real>().rule_workspace(job, wants_gradient);
+    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses, rule);
   }
 
   void run() {
@@ -284,6 +276,12 @@ void Engine::check_inner(const Inner& inner, int64_t shots) const {
   TORCH_CHECK_VALUE(inner.query_weights.empty() || int64_t(inner.query_weights.size()) == inner.steps,
                     "query_weights: expected ", inner.steps, " numbers, one a step, got ",
                     inner.query_weights.size());
+  if (!inner.lstm.empty()) {
+    TORCH_CHECK_VALUE(!inner.rates, "rates: expected none beside an LSTM's weights");
+    TORCH_CHECK_VALUE(inner.lstm.size() >= 5, "weights: expected at least 5 tensors, got ",
+                      inner.lstm.size());
+    check_lstm_weights(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), dtype_);
+  }
   if (!inner.rates) return;
   const Tensor& rates = *inner.rates;
   TORCH_CHECK_VALUE(rates.dim() == 2 && (rates.size(0) == 1 || rates.size(0) == inner.steps),
@@ -314,8 +312,10 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     const int64_t batch = inner.batch > 0 ? inner.batch : shots;
+    std::optional<HeldLstmWeights<Real>> lstm;
+    if (!inner.lstm.empty()) lstm.emplace(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), inner.p);
     Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? batch : 0, queries,
-                    inner.steps, !inner.query_weights.empty());
+                    inner.steps, !inner.query_weights.empty(), lstm ? &**lstm : nullptr);
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);
@@ -327,7 +327,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
 
     // theta in the engine's order, and where they differ from element to element the rates; whole vectors
     // long.
-    const bool uneven = rates.defined() || plan_.constants() > 0;
+    const bool uneven = rates.defined() || (plan_.constants() > 0 && !lstm);
     const int64_t rows = !uneven ? 0 : rates.defined() ? rates.size(0) : 1;
     const Tensor ordered = at::empty({1 + rows, program.params}, options);
     Real* const to = ordered.mutable_data_ptr<Real>();
@@ -351,6 +351,10 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     job.logits = result.outcome.logits.mutable_data_ptr<Real>();
     job.accuracy = result.outcome.accuracy ? result.outcome.accuracy->mutable_data_ptr<Real>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.mutable_data_ptr<Real>() : nullptr;
+    if (wants_gradient && lstm) {
+      result.rule_gradient = at::empty({tasks, (**lstm).count()}, options);
+      job.rule_gradient = result.rule_gradient.mutable_data_ptr<Real>();
+    }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
     return 0;
@@ -358,18 +362,14 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   return result;
 }
 
-Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
-  const Program& program = plan_.program();
-  const int64_t tasks = gradient.size(0), rows = gradient.dim() == 3 ? gradient.size(1) : 1;
-  const int64_t size = rows * program.params;
-  const Tensor sums = at::empty({size}, gradient.options());
-  const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
-                                          : at::empty({program.adapting}, gradient.options());
+Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
+  const int64_t tasks = rows.size(0), size = rows.numel() / tasks;
+  const Tensor sums = at::empty({size}, rows.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     constexpr int64_t kChunk = 1024;
     const int64_t chunks = (size + kChunk - 1) / kChunk;
-    const Real *const each = gradient.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
+    const Real *const each = rows.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
     Real* const to = sums.mutable_data_ptr<Real>();
     const auto weighted_sum = functions<Real>().weighted_sum;
     auto chunk = [&](int64_t index, int) {
@@ -377,9 +377,23 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
       weighted_sum(each, tasks, size, w, begin, end, to);
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
+    return 0;
+  });
+  return sums;
+}
+
+Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
+  const Program& program = plan_.program();
+  const int64_t rows = gradient.dim() == 3 ? gradient.size(1) : 1;
+  const Tensor sums = sum_tasks(gradient, weights);
+  const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
+                                          : at::empty({program.adapting}, gradient.options());
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    const Real* from = sums.const_data_ptr<Real>();
     Real* user = flat.mutable_data_ptr<Real>();
-    for (int64_t row = 0; row < rows; ++row, user += program.adapting)
-      functions<Real>().to_user(program, to + row * program.params, user);
+    for (int64_t row = 0; row < rows; ++row, user += program.adapting, from += program.params)
+      functions<Real>().to_user(program, from, user);
     return 0;
   });
   return flat;
@@ -396,203 +410,6 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
     *outcome.loss.mutable_data_ptr<Real>() = sum;
     return 0;
   });
-}
-
-namespace {
-
-Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
-                       const at::TensorOptions& options) {
-  if (weights) return weights->detach().contiguous();
-  const Tensor mean = at::empty({tasks}, options);
-  with_real(mean.scalar_type(), [&](auto real) {
-    std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
-    return 0;
-  });
-  return mean;
-}
-
-}  // namespace
-
-namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// Passes gradients on, and raises where they are differentiated: never a constant.
-struct Once : torch::autograd::Function<Once> {
-  static variable_list forward(AutogradContext*, at::TensorList gradients) {
-    variable_list same;
-    for (const Tensor& g : gradients) same.push_back(g.view(g.sizes()));
-    return same;
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "metafast: the meta-gradient cannot be differentiated again (once_differentiable)");
-  }
-};
-
-}  // namespace
-
-// Everything that the backward of a meta-step needs besides tensors.
-struct MetaStepContext : torch::CustomClassHolder {
-  std::shared_ptr<Engine> engine;
-  Inner inner;
-};
-
-// The meta-gradient was computed with the meta-objective: what is left to the backward is a weighted sum over
-// tasks. Outputs: loss, losses (T,), logits (T, N, D).
-struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
-  static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
-                               at::TensorList params, Tensor rates, Tensor constants, Side support,
-                               Side query, Engine::Unrolled run, Tensor weights) {
-    // Outputs that nobody used have no cotangents: zeros in their place would cost a second run.
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
-    variable_list saved{run.gradient, run.rate_gradient, weights, rates,  constants,
-                        support.x,    support.y,         query.x, query.y};
-    for (const Tensor& p : params) saved.push_back(p);
-    ctx->save_for_backward(std::move(saved));
-    return {run.outcome.loss, run.outcome.losses, run.outcome.logits};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    const auto capsule = ctx->saved_data["kept"].toCapsule();
-    const auto& kept = static_cast<const MetaStepContext&>(*capsule);
-    // Raises where a tensor was changed in place since.
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &gradient = saved[0], &rate_gradient = saved[1], &weights = saved[2], &constants = saved[4];
-    const std::vector<Tensor> params(saved.begin() + 9, saved.end());
-    const bool of_rates = rate_gradient.defined();
-    const bool again = at::GradMode::is_enabled();
-    const at::NoGradGuard no_grad;
-    const Tensor &d_loss = cotangents[0], &d_losses = cotangents[1], &d_logits = cotangents[2];
-    Tensor flat, d_rates;
-    const auto add = [&](const Tensor& rows, const Tensor& rate_rows, const Tensor& each) {
-      const Tensor part = kept.engine->reduce(rows, each);
-      flat = flat.defined() ? at::add(flat, part) : part;
-      if (!of_rates) return;
-      const Tensor rate_part = kept.engine->reduce(rate_rows, each);
-      d_rates = d_rates.defined() ? at::add(d_rates, rate_part) : rate_part;
-    };
-    if (d_loss.defined() || d_losses.defined()) {
-      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
-      if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
-      add(gradient, rate_gradient, each.contiguous());
-    }
-    if (d_logits.defined()) {
-      Inner inner = kept.inner;
-      if (inner.rates) inner.rates = saved[3];
-      const Engine::Unrolled along =
-          kept.engine->unroll(kept.engine->flatten(params), constants, {saved[5], saved[6]},
-                              {saved[7], saved[8]}, inner, d_logits, true, of_rates);
-      add(along.gradient, along.rate_gradient, at::ones({gradient.size(0)}, gradient.options()));
-    }
-    if (!flat.defined()) return variable_list(1 + params.size() + 1 + kPlain);
-    variable_list parts;
-    int64_t at = 0;
-    for (const Tensor& p : params) {
-      const size_t bytes = size_t(p.numel()) * gradient.element_size();
-      parts.push_back(at::empty(p.sizes(), gradient.options()));
-      std::memcpy(parts.back().mutable_data_ptr(), static_cast<const char*>(flat.const_data_ptr()) + at,
-                  bytes);
-      at += int64_t(bytes);
-    }
-    parts.push_back(d_rates);
-    if (again) {
-      const at::AutoGradMode grad(true);
-      if (!of_rates) parts.pop_back();
-      for (Tensor& part : parts) part.requires_grad_();
-      parts = Once::apply(at::TensorList(parts));
-      if (!of_rates) parts.emplace_back();
-    }
-    // One for each argument of forward, and for each tensor of the list.
-    variable_list result(1);
-    result.insert(result.end(), parts.begin(), parts.end());
-    result.resize(result.size() + kPlain);
-    return result;
-  }
-
-  static constexpr size_t kPlain = 5;  // forward's arguments after params and rates
-};
-
-MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& constants, const Side& support,
-                              const Side& query, const Inner& inner, const std::optional<Tensor>& weights) {
-  const bool differentiable =
-      at::GradMode::is_enabled() &&
-      (std::any_of(params.begin(), params.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
-       (inner.rates && inner.rates->requires_grad()));
-  const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
-  Unrolled run;
-  Tensor w;
-  {
-    const at::NoGradGuard no_grad;
-    check_side("support", support, support.x.size(0));
-    check_side("query", query, support.x.size(0));
-    const Tensor theta = flatten(params);
-    w = weights_or_mean(weights, support.x.size(0), theta.options());
-    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates);
-    set_loss(run.outcome, w);
-  }
-  if (!differentiable) return run.outcome;
-  const auto kept = c10::make_intrusive<MetaStepContext>();
-  kept->engine = shared_from_this();
-  kept->inner = inner;
-  if (inner.rates) kept->inner.rates = inner.rates->detach();  // the saved tensor is the one to use
-  // Autograd's own arguments must be tensors, defined ones.
-  const Tensor none = at::empty({0}, w.options());
-  const Tensor fixed = constants.defined() ? constants : none;
-  const variable_list outputs = MetaStepFunction::apply(
-      kept, at::TensorList(params), inner.rates ? *inner.rates : none, fixed, support, query, run, w);
-  return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
-}
-
-namespace {
-
-// p.grad += part (p.numel(),). Plain memory by hand: for a small net torch's own calls would cost as much as
-// the rest.
-template <class Real>
-void add_to_grad(const Tensor& p, const Real* part) {
-  const int64_t count = p.numel();
-  Tensor& grad = p.mutable_grad();
-  if (!grad.defined()) {
-    grad = at::empty(p.sizes(), p.options().requires_grad(false));
-    std::memcpy(grad.mutable_data_ptr<Real>(), part, size_t(count) * sizeof(Real));
-    return;
-  }
-  const bool plain = grad.is_contiguous() && grad.scalar_type() == p.scalar_type() &&
-                     grad.device().is_cpu() && !grad.requires_grad() && grad.sizes() == p.sizes() &&
-                     !grad.is_inference();
-  if (!plain) {
-    grad.add_(at::from_blob(const_cast<Real*>(part), p.sizes(), p.options().requires_grad(false)));
-    return;
-  }
-  Real* const to = grad.mutable_data_ptr<Real>();
-  for (int64_t i = 0; i < count; ++i) to[i] += part[i];
-  grad.unsafeGetTensorImpl()->bump_version();
-}
-
-}  // namespace
-
-MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& constants,
-                               const Side& support, const Side& query, const Inner& inner,
-                               const std::optional<Tensor>& weights) {
-  const at::NoGradGuard no_grad;
-  check_side("support", support, support.x.size(0));
-  check_side("query", query, support.x.size(0));
-  const Tensor theta = flatten(params);
-  const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
-  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false);
-  set_loss(run.outcome, w);
-  const Tensor flat = reduce(run.gradient, w);
-  with_real(dtype_, [&](auto real) {
-    using Real = decltype(real);
-    const Real* part = flat.const_data_ptr<Real>();
-    for (const Tensor& p : params) {
-      add_to_grad(p, part);
-      part += p.numel();
-    }
-    return 0;
-  });
-  return run.outcome;
 }
 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {

@@ -17,6 +17,12 @@
 
 namespace metafast {
 
+// Calls f(Real{}) for the dtype.
+template <class F>
+auto with_real(at::ScalarType dtype, const F& f) {
+  return dtype == at::kFloat ? f(float{}) : f(double{});
+}
+
 // Episodes of one side: x (T, N, ...), and y (T, N) labels or (T, N, D) targets.
 struct Side {
   at::Tensor x, y;
@@ -32,6 +38,12 @@ struct Inner {
   bool first_order;
   int64_t batch;
   std::vector<double> query_weights;
+  // Not empty: phi - rate O(g, s), O the coordinatewise LSTM of these weights and of preprocessing range p.
+  std::vector<at::Tensor> lstm;
+  double p;
+
+  int64_t lstm_layers() const { return int64_t(lstm.size()) / 3; }
+  int64_t lstm_hidden() const { return lstm[lstm.size() - 2].numel(); }
 };
 
 struct MetaOutcome {
@@ -52,13 +64,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
                  const at::Tensor& vector);
 
   // The meta-objective sum_t w_t L_query(phi_K), w_t = 1 / T without weights, as a function of the
-  // parameters, which are in the user's order, and of the rates; differentiable once where grad mode is on
-  // and one of them requires gradients.
+  // parameters, which are in the user's order, of the rates and of the LSTM's weights; differentiable once
+  // where grad mode is on and one of them requires gradients.
   MetaOutcome meta_step(const std::vector<at::Tensor>& params, const at::Tensor& constants,
                         const Side& support, const Side& query, const Inner& inner,
                         const std::optional<at::Tensor>& weights);
 
-  // The same without autograd: adds the meta-gradient to the parameters' .grad; the rates are constants.
+  // The same without autograd: adds the meta-gradient to .grad of those parameters and weights that require
+  // one; the rates are constants.
   MetaOutcome accumulate(const std::vector<at::Tensor>& params, const at::Tensor& constants,
                          const Side& support, const Side& query, const Inner& inner,
                          const std::optional<at::Tensor>& weights);
@@ -93,16 +106,19 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void check_inner(const Inner& inner, int64_t shots) const;
 
   // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, and (T, rows of rates, params)
-  // those with respect to the rates, in the engine's order.
+  // those with respect to the rates, in the engine's order. With a gradient come those of the LSTM's weights.
   struct Unrolled {
     MetaOutcome outcome;
     at::Tensor gradient, rate_gradient;
+    at::Tensor rule_gradient;  // (T, numbers of the LSTM's weights)
   };
   Unrolled unroll(const at::Tensor& theta, const at::Tensor& constants, const Side& support,
                   const Side& query, const Inner& inner, const std::optional<at::Tensor>& cotangent,
                   bool wants_gradient, bool wants_rate_gradient);
+  // sum_t weights_t rows_t of (T, size), (size,).
+  at::Tensor sum_tasks(const at::Tensor& rows, const at::Tensor& weights) const;
   // sum_t weights_t gradient_t of (T, params) or (T, rows, params) in the user's order, (P,) or (rows, P).
-  at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights);
+  at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights) const;
   at::Tensor single(cpu::What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
                     const at::Tensor* vector);
   at::Tensor flatten(const std::vector<at::Tensor>& params) const;

@@ -12,10 +12,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <numeric>
 
 #include "../cpu/isa.h"
+#include "lstm_weights.h"
 
 namespace metafast {
 namespace {
@@ -29,20 +28,6 @@ const cpu::LstmFunctions<Real>& functions() {
   return cpu::functions_for<Real>(kTables.current());
 }
 
-// The arguments as memory, held as long as this.
-template <class Real>
-struct Held {
-  std::vector<Tensor> tensors;
-  std::vector<const Real*> weights;
-  std::vector<int64_t> gate_rows;
-  Lstm<Real> lstm{};
-
-  const Real* hold(const Tensor& t) {
-    tensors.push_back(t.contiguous());
-    return tensors.back().template const_data_ptr<Real>();
-  }
-};
-
 void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
   const auto check_one = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
     TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t.device());
@@ -54,38 +39,30 @@ void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
                    "grads: expected float32 or float64, got ", grads.scalar_type());
   TORCH_CHECK_VALUE(state.dim() == 4, "state: expected (L, 2, N, H), got ", state.sizes());
   const int64_t layers = state.size(0), hidden = state.size(3);
-  TORCH_CHECK_VALUE(layers >= 1 && layers <= kMostLstmLayers && hidden >= 1, "state: expected 1 to ",
-                    kMostLstmLayers, " layers and at least one unit, got ", state.sizes());
+  check_lstm_weights(weights, hidden, layers, grads.scalar_type());
   check_one("grads", grads, {grads.numel()});
   check_one("state", state, {layers, 2, grads.numel(), hidden});
-  TORCH_CHECK_VALUE(int64_t(weights.size()) == 3 * layers + 2, "weights: expected ", 3 * layers + 2,
-                    " tensors, got ", weights.size());
-  for (int64_t l = 0; l < layers; ++l) {
-    check_one("weights", weights[3 * l], {4 * hidden, l == 0 ? 2 : hidden});
-    check_one("weights", weights[3 * l + 1], {4 * hidden, hidden});
-    check_one("weights", weights[3 * l + 2], {4 * hidden});
-  }
-  check_one("weights", weights[3 * layers], {hidden});
-  check_one("weights", weights[3 * layers + 1], {});
 }
 
+// The arguments as memory, held as long as this.
 template <class Real>
-Held<Real> hold(const Tensor& grads, const Tensor& state, at::TensorList weights, double p) {
-  Held<Real> held;
-  held.tensors.reserve(weights.size() + 4);  // what is given away points to memory of these
-  Lstm<Real>& a = held.lstm;
-  a.coordinates = grads.numel();
-  a.layers = state.size(0);
-  a.hidden = state.size(3);
-  a.p = Real(p), a.least = Real(std::exp(-p)), a.steep = Real(std::exp(p));
-  a.grads = held.hold(grads);
-  a.state = held.hold(state);
-  for (const Tensor& w : weights) held.weights.push_back(held.hold(w));
-  a.weights = held.weights.data();
-  for (int64_t g = 0; g < 4 * a.hidden; ++g) held.gate_rows.push_back(g * kLstmBlock<Real>);
-  a.gate_rows = held.gate_rows.data();
-  return held;
-}
+struct Held {
+  HeldLstmWeights<Real> weights;
+  std::vector<Tensor> tensors;
+  Lstm<Real> lstm{};
+
+  Held(const Tensor& grads, const Tensor& state, at::TensorList w, double p)
+      : weights(w, state.size(3), state.size(0), p) {
+    lstm.rule = &*weights;
+    lstm.coordinates = grads.numel();
+    lstm.grads = hold(grads);
+    lstm.state = hold(state);
+  }
+  const Real* hold(const Tensor& t) {
+    tensors.push_back(t.contiguous());
+    return tensors.back().template const_data_ptr<Real>();
+  }
+};
 
 constexpr int64_t kMostParts = 64;
 constexpr int64_t kBlocksAThread = 16;  // below them a second thread costs more than it brings
@@ -93,7 +70,7 @@ constexpr int64_t kBlocksAThread = 16;  // below them a second thread costs more
 // run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
 template <class Real, class Run>
 int64_t for_each_part(const Lstm<Real>& a, const at::TensorOptions& options, const Run& run) {
-  const int64_t blocks = (a.coordinates + kLstmBlock<Real> - 1) / kLstmBlock<Real>;
+  const int64_t blocks = lstm_blocks<Real>(a.coordinates);
   const int64_t parts = std::min(blocks, kMostParts);
   const int64_t threads = std::clamp<int64_t>(blocks / kBlocksAThread, 1, at::get_num_threads());
   const int64_t size = functions<Real>().workspace(a);
@@ -118,7 +95,7 @@ std::tuple<Tensor, Tensor> lstm_update(const Tensor& grads, const Tensor& state,
   if (grads.numel() == 0) return {updates, next};
   const auto run = [&](auto real) {
     using Real = decltype(real);
-    Held<Real> held = hold<Real>(grads, state, weights, p);
+    Held<Real> held(grads, state, weights, p);
     held.lstm.updates = updates.mutable_data_ptr<Real>();
     held.lstm.next = next.mutable_data_ptr<Real>();
     for_each_part(held.lstm, grads.options(), [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
@@ -142,15 +119,15 @@ std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tens
     TORCH_CHECK_TYPE(!*d || (*d)->scalar_type() == grads.scalar_type(), "cotangents: expected dtype ",
                      grads.scalar_type());
   }
-  const int64_t count = std::accumulate(weights.begin(), weights.end(), int64_t(0),
-                                        [](int64_t sum, const Tensor& w) { return sum + w.numel(); });
+  int64_t count = 0;
+  for (const Tensor& w : weights) count += w.numel();
   const Tensor d_grads = at::empty(grads.sizes(), grads.options()),
                d_state = at::empty(state.sizes(), state.options());
   const Tensor d_weights = at::zeros({count}, grads.options());
   if (grads.numel() == 0) return {d_grads, d_state, d_weights};
   const auto run = [&](auto real) {
     using Real = decltype(real);
-    Held<Real> held = hold<Real>(grads, state, weights, p);
+    Held<Real> held(grads, state, weights, p);
     Lstm<Real>& a = held.lstm;
     a.d_updates = d_updates ? held.hold(*d_updates) : nullptr;
     a.d_next = d_next ? held.hold(*d_next) : nullptr;

@@ -21,6 +21,7 @@ from metafast.engine.lowering.lower import lower
 if TYPE_CHECKING:
     from metafast.engine.task_model import TaskModel
     from metafast.episodes import Episodes
+    from metafast.lstm import LSTMOptimizer
 
 _DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 4
@@ -45,6 +46,8 @@ class Inner(NamedTuple):
         first_order: drop the Hessian term.
         batch: support samples of a step, None: all.
         query_weights: v_1..v_K of the query losses after each step, None: only the last counts.
+        learn_init: whether the parameters get a gradient.
+        optimizer: O of the steps phi - rate O(g, s), None: O(g) is g.
     """
 
     steps: int
@@ -52,6 +55,8 @@ class Inner(NamedTuple):
     first_order: bool
     batch: int | None
     query_weights: tuple[float, ...] | None
+    learn_init: bool = True
+    optimizer: LSTMOptimizer | None = None
 
 
 class NativeNetwork:
@@ -83,15 +88,16 @@ class NativeNetwork:
     def meta_step(
         self, episodes: Episodes, inner: Inner, weights: Tensor | None, accumulate: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """loss, losses (T,), logits (T, Nq, D) and accuracy (T,) of an inner loop of steps phi - rate g.
+        """loss, losses (T,), logits (T, Nq, D) and accuracy (T,) of an inner loop.
 
-        The first three are differentiable in the parameters and the rates; with ``accumulate`` they are not, and the
-        meta-gradient is added to the parameters' ``.grad``.
+        The first three are differentiable in the parameters, the rates and the optimiser's weights; with
+        ``accumulate`` they are not, and the meta-gradient is added to ``.grad``.
         """
         call = self.engine.accumulate if accumulate else self.engine.meta_step
         uneven = isinstance(inner.rates, Tensor)
+        optimizer = inner.optimizer
         result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
-            self.parameters,
+            self.parameters if inner.learn_init else [p.detach() for p in self.parameters],
             self.constants(),
             episodes.support_x,
             episodes.support_y,
@@ -103,6 +109,8 @@ class NativeNetwork:
             inner.first_order,
             inner.batch or 0,
             inner.query_weights or (),
+            () if optimizer is None else list(optimizer.weights),
+            0.0 if optimizer is None else optimizer.p,
             weights,
         )
         return result

@@ -199,13 +199,16 @@ class GradientLearner(nn.Module):
         return isinstance(inner.rates, Tensor) and any(p.requires_grad for p in self.rule.parameters())
 
     def _fused(self, episodes: Episodes, weights: Tensor | None) -> Inner | None:
-        """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, and theta learned."""
-        if not self.learn_init or (weights is not None and weights.requires_grad):
+        """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, or an LSTM's."""
+        if weights is not None and weights.requires_grad:
             return None
+        optimizer = self.rule.plain_optimizer()
         rates = self.rule.plain_rates(self.steps, episodes.support_x.dtype)
         if rates is None:
             return None
-        return Inner(self.steps, rates, self.first_order, self.support_batch, self.query_weights)
+        return Inner(
+            self.steps, rates, self.first_order, self.support_batch, self.query_weights, self.learn_init, optimizer
+        )
 
     def _check(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
         """The native network for the episodes, if there is one; raises where they do not fit."""

@@ -31,6 +31,7 @@ struct Numbers<float> {
   static constexpr float kRound = 0x1.8p23f;  // added and taken away, rounds to a whole number
   static constexpr float kLog2e = 1.44269504f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   static constexpr float kExpLeast = -104.5f, kExpMost = 89.0f;  // beyond: 0 and infinity
+  static constexpr float kExpNormal = 87.0f;                     // e^x and e^-x are normal numbers
   static constexpr float kNormalMost = 15.0f;                    // Phi(-15) is 0
   static constexpr float kGeluTanhMost = 12.0f;                  // as far as its tanh is not 1
   static constexpr float kExp[] = {0.500000001f,   0.166666667f,   0.0416664646f,
@@ -50,6 +51,7 @@ struct Numbers<double> {
   static constexpr double kLog2e = 1.4426950408889634, kLog2High = 0x1.62e42feep-1,
                           kLog2Low = 1.9082149292705878e-10;
   static constexpr double kExpLeast = -746.0, kExpMost = 710.0;
+  static constexpr double kExpNormal = 708.0;
   static constexpr double kNormalMost = 40.0;
   static constexpr double kGeluTanhMost = 23.0;
   static constexpr double kExp[] = {0.5,
@@ -155,6 +157,43 @@ inline Logistic<Real> logistic(Vec<Real> x) {
   const Vec<Real> e = exponential<Real>(-absolute<Real>(x)).exp;
   const Vec<Real> inverse = Real(1) / (e + Real(1)), other = e * inverse;
   return {x < Real(0) ? other : inverse, other * inverse};
+}
+
+// e^x where the result is no smaller than numbers are precise, for |x| <= kExpNormal; p = e^r - 1 and 2^k.
+template <class Real>
+struct ExponentialParts {
+  Vec<Real> p, scale;
+};
+template <class Real>
+inline ExponentialParts<Real> exponential_parts(Vec<Real> x) {
+  using V = Vec<Real>;
+  using N = Numbers<Real>;
+  using Bits = typename N::Bits;
+  const V rounded = x * N::kLog2e + N::kRound;
+  const V k = rounded - N::kRound;
+  const V r = x - k * N::kLog2High - k * N::kLog2Low;
+  // In the last bits of `rounded` stands k; what else it has is shifted out.
+  const Bits scale = (reinterpret_cast<Bits>(rounded) << N::kMantissa) + (N::kBias << N::kMantissa);
+  return {r + r * r * polynomial<Real>(N::kExp, r), reinterpret_cast<V>(scale)};
+}
+
+// logistic(x).value and hyperbolic_tangent(x).value in fewer operations, for gates, where the values of large
+// |x| may be those of kExpNormal.
+template <class Real>
+inline Vec<Real> logistic_value(Vec<Real> x) {
+  using N = Numbers<Real>;
+  x = at_most<Real>(x, N::kExpNormal);
+  x = x < -N::kExpNormal ? splat(-N::kExpNormal) : x;
+  const ExponentialParts<Real> e = exponential_parts<Real>(-x);
+  return Real(1) / (Real(1) + (e.p * e.scale + e.scale));
+}
+template <class Real>
+inline Vec<Real> tanh_value(Vec<Real> x) {
+  using N = Numbers<Real>;
+  const Vec<Real> z = at_most<Real>(absolute<Real>(x), N::kExpNormal / 2) * Real(-2);
+  const ExponentialParts<Real> e = exponential_parts<Real>(z);
+  const Vec<Real> expm1 = e.p * e.scale + (e.scale - Real(1));
+  return with_sign<Real>(expm1 / (expm1 + Real(2)), x);
 }
 
 template <class Real>

@@ -1,0 +1,198 @@
+// The update rules of an inner loop: how phi steps along g, and back. A rule is begun for each task, then
+// called for k = 0..K-1 forwards and, where a gradient is wanted, for k = K-1..0 backwards.
+//
+//   PlainRule     phi' = phi - rate_k g, elementwise;  lam_g = -rate_k lam,  d rate_k = -lam g
+//   LearnedRule   phi' = phi - rate O(g, s; psi), O the coordinatewise LSTM of lstm_cell.h
+//
+// In phi as the engine has it only those elements move that are among the user's adapting ones. Both are
+// tested through the meta-step, by tests/test_exactness.py and tests/test_inner_options.py.
+#pragma once
+
+#include "job.h"
+#include "lstm_cell.h"
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+// lam' = lam + factor H along.
+template <class Real>
+struct Pull {
+  const Real* along;
+  Real factor;
+};
+
+// Parameters of one task in the engine's order from the user's; null constants where there are none.
+template <class Real>
+void to_engine(const Program& program, const Real* adapting, const Real* constants, Real* w) {
+  for (int64_t i = 0; i < program.params; ++i) {
+    const int64_t from = program.source[i];
+    w[i] = from < 0                  ? Real(0)
+           : from < program.adapting ? adapting[from]
+           : constants               ? constants[from - program.adapting]
+                                     : Real(0);
+  }
+}
+
+// The adapting parameters' gradients in the user's order; those that no layer uses are zero.
+template <class Real>
+void to_user(const Program& program, const Real* w, Real* adapting) {
+  for (int64_t p = 0; p < program.adapting; ++p) adapting[p] = 0;
+  for (int64_t i = 0; i < program.params; ++i) {
+    const int64_t to = program.source[i];
+    if (to >= 0 && to < program.adapting) adapting[to] = w[i];
+  }
+}
+
+template <class Real>
+class PlainRule {
+ public:
+  PlainRule(const Job<Real>& job, int64_t task, Real*)
+      : job_(job), params_(job.program->params), uneven_(job.rates_stride != 0) {
+    const int64_t rows = uneven_ ? job.steps : 1;
+    if (job.rate_gradient != nullptr) gradient_ = job.rate_gradient + task * rows * params_;
+  }
+
+  // Whether pull looks at g.
+  bool wants_g() const { return gradient_ != nullptr; }
+
+  void step(int64_t k, const Real* from, const Real* g, Real* to) {
+    if (job_.rates == nullptr) {
+      const Vec<Real> rate = splat(job_.rate);
+      for (int64_t i = 0; i < params_; i += kLanes<Real>) store(to + i, load(from + i) - rate * load(g + i));
+      return;
+    }
+    const Real* const rates = job_.rates + k * job_.rates_stride;
+    for (int64_t i = 0; i < params_; i += kLanes<Real>)
+      store(to + i, load(from + i) - load(rates + i) * load(g + i));
+  }
+
+  // Adds to the rule's own gradient; `direction` is a buffer.
+  Pull<Real> pull(int64_t k, const Real* lam, const Real* g, Real* direction) {
+    if (gradient_ != nullptr) {
+      Real* const row = gradient_ + (uneven_ ? k * params_ : 0);
+      const bool begins = uneven_ || k == job_.steps - 1;
+      for (int64_t i = 0; i < params_; i += kLanes<Real>) {
+        const Vec<Real> part = -load(lam + i) * load(g + i);
+        store(row + i, begins ? part : load(row + i) + part);
+      }
+    }
+    if (job_.first_order) return {nullptr, 0};
+    if (job_.rates == nullptr) return {lam, -job_.rate};  // the same for all: H is linear
+    const Real* const rates = job_.rates + k * job_.rates_stride;
+    for (int64_t i = 0; i < params_; i += kLanes<Real>)
+      store(direction + i, -load(rates + i) * load(lam + i));
+    return {direction, 1};
+  }
+
+  void end() {}
+
+ private:
+  const Job<Real>& job_;
+  int64_t params_;
+  bool uneven_;
+  Real* gradient_ = nullptr;
+};
+
+template <class Real>
+class LearnedRule {
+ public:
+  static constexpr int64_t kBlock = kLstmBlock<Real>;
+
+  LearnedRule(const Job<Real>& job, int64_t task, Real* workspace)
+      : LearnedRule(job, task, workspace, job.gradient != nullptr) {}
+
+  // With no workspace it only tells the size.
+  LearnedRule(const Job<Real>& job, int64_t task, Real* workspace, bool wants_gradient)
+      : job_(job),
+        task_(task),
+        coordinates_(job.program->adapting),
+        blocks_(lstm_blocks<Real>(coordinates_)),
+        carver_(workspace),
+        cell_(*job.lstm, carver_) {
+    // Frames of all steps for the way back, else of one and the next.
+    frames_kept_ = wants_gradient ? job.steps : 2;
+    // Gates of all steps where they stay in a cache that is near, which reads them faster than a core makes
+    // them again.
+    constexpr int64_t kNear = 8 << 20;
+    const int64_t gates = blocks_ * cell_.gates_size();
+    gates_kept_ = wants_gradient && job.steps * gates * int64_t(sizeof(Real)) <= kNear;
+    frames_ = carver_.take(frames_kept_ * blocks_ * cell_.frame_size());
+    gates_ = carver_.take(gates_kept_ ? job.steps * gates : cell_.gates_size());
+    carry_ = carver_.take(wants_gradient ? blocks_ * cell_.carry_size() : 0);
+    user_ = carver_.take(blocks_ * kBlock);
+    result_ = carver_.take(blocks_ * kBlock);
+    if (workspace == nullptr) return;
+    cell_.pack(wants_gradient);
+    for (int64_t b = 0; job.steps > 0 && b < blocks_; ++b)
+      std::fill_n(cell_.carried(frame(0, b)), cell_.carry_size(), Real(0));
+    if (!wants_gradient) return;
+    cell_.begin();
+    std::fill_n(carry_, blocks_ * cell_.carry_size(), Real(0));
+  }
+
+  int64_t size() const { return carver_.size(); }
+  bool wants_g() const { return false; }  // it lies in the frames
+
+  void step(int64_t k, const Real* from, const Real* g, Real* to) {
+    to_coordinates(g);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      std::copy_n(user_ + b * kBlock, kBlock, cell_.grads(frame(k, b)));
+      cell_.forward(frame(k, b), gates(k, b), k + 1 < job_.steps ? frame(k + 1, b) : nullptr);
+      cell_.updates(result_ + b * kBlock);
+    }
+    const Program& program = *job_.program;
+    for (int64_t i = 0; i < program.params; ++i) {
+      const int64_t p = program.source[i];
+      to[i] = p >= 0 && p < coordinates_ ? from[i] - job_.rate * result_[p] : from[i];
+    }
+  }
+
+  Pull<Real> pull(int64_t k, const Real* lam, const Real*, Real* direction) {
+    to_coordinates(lam);
+    alignas(kVectorBytes) Real d_updates[kBlock];
+    for (int64_t b = 0; b < blocks_; ++b) {
+      for (int64_t i = 0; i < kBlock; ++i) d_updates[i] = -job_.rate * user_[b * kBlock + i];
+      if (gates_kept_) {
+        cell_.restore(frame(k, b), gates(k, b));
+      } else {
+        cell_.forward(frame(k, b), gates(k, b), nullptr);
+      }
+      cell_.backward(frame(k, b), gates(k, b), d_updates, carry_ + b * cell_.carry_size(),
+                     result_ + b * kBlock);
+    }
+    if (job_.first_order) return {nullptr, 0};
+    to_engine<Real>(*job_.program, result_, nullptr, direction);
+    return {direction, 1};
+  }
+
+  void end() { cell_.write_weights(job_.rule_gradient + task_ * job_.lstm->count()); }
+
+ private:
+  Real* frame(int64_t k, int64_t b) const {
+    return frames_ + (k % frames_kept_ * blocks_ + b) * cell_.frame_size();
+  }
+  Real* gates(int64_t k, int64_t b) const {
+    return gates_kept_ ? gates_ + (k * blocks_ + b) * cell_.gates_size() : gates_;
+  }
+  // user_, whole blocks of which the last ends in zeros.
+  void to_coordinates(const Real* w) {
+    to_user(*job_.program, w, user_);
+    std::fill(user_ + coordinates_, user_ + blocks_ * kBlock, Real(0));
+  }
+
+  const Job<Real>& job_;
+  int64_t task_, coordinates_, blocks_, frames_kept_;
+  bool gates_kept_;
+  Carver<Real> carver_;
+  LstmCell<Real> cell_;
+  Real *frames_, *gates_, *carry_, *user_, *result_;
+};
+
+// Elements of workspace that the job's rule takes.
+template <class Real>
+int64_t rule_workspace(const Job<Real>& job, bool wants_gradient) {
+  return job.lstm == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
+}
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu

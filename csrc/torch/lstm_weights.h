@@ -1,0 +1,58 @@
+// The weights of a coordinatewise LSTM as the kernels see them, from tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <vector>
+
+#include "../lstm.h"
+
+namespace metafast {
+
+// Raises where a tensor is not what LstmWeights says, of `dtype` on the CPU.
+inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t layers, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(layers >= 1 && layers <= kMostLstmLayers && hidden >= 1, "weights: expected 1 to ",
+                    kMostLstmLayers, " layers and at least one unit, got ", layers, " of ", hidden);
+  TORCH_CHECK_VALUE(int64_t(weights.size()) == 3 * layers + 2, "weights: expected ", 3 * layers + 2,
+                    " tensors, got ", weights.size());
+  const auto check = [&](int64_t index, at::IntArrayRef sizes) {
+    const at::Tensor& t = weights[size_t(index)];
+    TORCH_CHECK_VALUE(t.device().is_cpu(), "weights: expected tensors on the CPU, got one on ", t.device());
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype, "weights: expected dtype ", dtype, ", got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == sizes, "weights[", index, "]: expected shape ", sizes, ", got ",
+                      t.sizes());
+  };
+  for (int64_t l = 0; l < layers; ++l) {
+    check(3 * l, {4 * hidden, l == 0 ? 2 : hidden});
+    check(3 * l + 1, {4 * hidden, hidden});
+    check(3 * l + 2, {4 * hidden});
+  }
+  check(3 * layers, {hidden});
+  check(3 * layers + 1, {});
+}
+
+// Holds the memory that it points to; checked before.
+template <class Real>
+class HeldLstmWeights {
+ public:
+  HeldLstmWeights(at::TensorList weights, int64_t hidden, int64_t layers, double p) {
+    for (const at::Tensor& w : weights) tensors_.push_back(w.contiguous());
+    for (const at::Tensor& w : tensors_) pointers_.push_back(w.template const_data_ptr<Real>());
+    for (int64_t g = 0; g < 4 * hidden; ++g) gate_rows_.push_back(g * kLstmBlock<Real>);
+    weights_ = {hidden,           layers,           Real(p), Real(std::exp(-p)), Real(std::exp(p)),
+                pointers_.data(), gate_rows_.data()};
+  }
+  HeldLstmWeights(const HeldLstmWeights&) = delete;
+  HeldLstmWeights& operator=(const HeldLstmWeights&) = delete;
+
+  const LstmWeights<Real>& operator*() const { return weights_; }
+
+ private:
+  std::vector<at::Tensor> tensors_;
+  std::vector<const Real*> pointers_;
+  std::vector<int64_t> gate_rows_;
+  LstmWeights<Real> weights_;
+};
+
+}  // namespace metafast

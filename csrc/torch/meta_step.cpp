@@ -1,0 +1,229 @@
+// A meta-step's two doors: through autograd, and straight into .grad.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "engine.h"
+
+namespace metafast {
+
+using at::Tensor;
+
+namespace {
+
+Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
+                       const at::TensorOptions& options) {
+  if (weights) return weights->detach().contiguous();
+  const Tensor mean = at::empty({tasks}, options);
+  with_real(mean.scalar_type(), [&](auto real) {
+    std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
+    return 0;
+  });
+  return mean;
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Passes gradients on, and raises where they are differentiated: never a constant.
+struct Once : torch::autograd::Function<Once> {
+  static variable_list forward(AutogradContext*, at::TensorList gradients) {
+    variable_list same;
+    for (const Tensor& g : gradients) same.push_back(g.view(g.sizes()));
+    return same;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "metafast: the meta-gradient cannot be differentiated again (once_differentiable)");
+  }
+};
+
+// sum += part, from nothing.
+void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? at::add(sum, part) : part; }
+
+// Copies of `flat`'s parts, shaped as the tensors are, one after the other.
+void cut(const Tensor& flat, const std::vector<Tensor>& like, variable_list& parts) {
+  const char* from = static_cast<const char*>(flat.const_data_ptr());
+  for (const Tensor& t : like) {
+    parts.push_back(at::empty(t.sizes(), flat.options()));
+    const size_t bytes = size_t(t.numel()) * flat.element_size();
+    std::memcpy(parts.back().mutable_data_ptr(), from, bytes);
+    from += bytes;
+  }
+}
+
+}  // namespace
+
+// Everything that the backward of a meta-step needs besides tensors.
+struct MetaStepContext : torch::CustomClassHolder {
+  std::shared_ptr<Engine> engine;
+  Inner inner;
+};
+
+// The meta-gradient was computed with the meta-objective: what is left to the backward is a weighted sum over
+// tasks. Outputs: loss, losses (T,), logits (T, N, D).
+struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
+  static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
+                               at::TensorList leaves, Tensor rates, Tensor constants, Side support,
+                               Side query, Engine::Unrolled run, Tensor weights) {
+    // Outputs that nobody used have no cotangents: zeros in their place would cost a second run.
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
+    variable_list saved{run.gradient, run.rate_gradient, run.rule_gradient, weights, rates,
+                        constants,    support.x,         support.y,         query.x, query.y};
+    for (const Tensor& leaf : leaves) saved.push_back(leaf);
+    ctx->save_for_backward(std::move(saved));
+    return {run.outcome.loss, run.outcome.losses, run.outcome.logits};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    const auto capsule = ctx->saved_data["kept"].toCapsule();
+    const auto& kept = static_cast<const MetaStepContext&>(*capsule);
+    // Raises where a tensor was changed in place since.
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gradient = saved[0], &rate_gradient = saved[1], &rule_gradient = saved[2],
+                 &weights = saved[3], &constants = saved[5];
+    const auto first_of_rule = saved.end() - std::ptrdiff_t(kept.inner.lstm.size());
+    const std::vector<Tensor> params(saved.begin() + 10, first_of_rule), of_rule(first_of_rule, saved.end());
+    const bool of_rates = rate_gradient.defined();
+    const bool again = at::GradMode::is_enabled();
+    const at::NoGradGuard no_grad;
+    const Tensor &d_loss = cotangents[0], &d_losses = cotangents[1], &d_logits = cotangents[2];
+    Tensor flat, d_rates, d_rule;
+    const auto add = [&](const Engine::Unrolled& run, const Tensor& each) {
+      add_to(flat, kept.engine->reduce(run.gradient, each));
+      if (of_rates) add_to(d_rates, kept.engine->reduce(run.rate_gradient, each));
+      if (run.rule_gradient.defined()) add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each));
+    };
+    if (d_loss.defined() || d_losses.defined()) {
+      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
+      if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
+      add({{}, gradient, rate_gradient, rule_gradient}, each.contiguous());
+    }
+    if (d_logits.defined()) {
+      Inner inner = kept.inner;
+      if (inner.rates) inner.rates = saved[4];
+      inner.lstm = of_rule;
+      const Engine::Unrolled along =
+          kept.engine->unroll(kept.engine->flatten(params), constants, {saved[6], saved[7]},
+                              {saved[8], saved[9]}, inner, d_logits, true, of_rates);
+      add(along, at::ones({gradient.size(0)}, gradient.options()));
+    }
+    if (!flat.defined()) return variable_list(1 + params.size() + of_rule.size() + 1 + kPlain);
+    variable_list parts;
+    cut(flat, params, parts);
+    if (!of_rule.empty()) cut(d_rule, of_rule, parts);
+    parts.push_back(d_rates);
+    if (again) {
+      const at::AutoGradMode grad(true);
+      if (!of_rates) parts.pop_back();
+      for (Tensor& part : parts) part.requires_grad_();
+      parts = Once::apply(at::TensorList(parts));
+      if (!of_rates) parts.emplace_back();
+    }
+    // One for each argument of forward, and for each tensor of the list.
+    variable_list result(1);
+    result.insert(result.end(), parts.begin(), parts.end());
+    result.resize(result.size() + kPlain);
+    return result;
+  }
+
+  static constexpr size_t kPlain = 5;  // forward's arguments after leaves and rates
+};
+
+MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& constants, const Side& support,
+                              const Side& query, const Inner& inner, const std::optional<Tensor>& weights) {
+  std::vector<Tensor> leaves = params;
+  leaves.insert(leaves.end(), inner.lstm.begin(), inner.lstm.end());
+  const bool differentiable =
+      at::GradMode::is_enabled() &&
+      (std::any_of(leaves.begin(), leaves.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
+       (inner.rates && inner.rates->requires_grad()));
+  const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
+  Unrolled run;
+  Tensor w;
+  {
+    const at::NoGradGuard no_grad;
+    check_side("support", support, support.x.size(0));
+    check_side("query", query, support.x.size(0));
+    const Tensor theta = flatten(params);
+    w = weights_or_mean(weights, support.x.size(0), theta.options());
+    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates);
+    set_loss(run.outcome, w);
+  }
+  if (!differentiable) return run.outcome;
+  const auto kept = c10::make_intrusive<MetaStepContext>();
+  kept->engine = shared_from_this();
+  kept->inner = inner;
+  // The saved tensors are the ones to use.
+  if (inner.rates) kept->inner.rates = inner.rates->detach();
+  for (Tensor& w : kept->inner.lstm) w = w.detach();
+  // Autograd's own arguments must be tensors, defined ones.
+  const Tensor none = at::empty({0}, w.options());
+  const Tensor fixed = constants.defined() ? constants : none;
+  const variable_list outputs = MetaStepFunction::apply(
+      kept, at::TensorList(leaves), inner.rates ? *inner.rates : none, fixed, support, query, run, w);
+  return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
+}
+
+namespace {
+
+// p.grad += part (p.numel(),). Plain memory by hand: for a small net torch's own calls would cost as much as
+// the rest.
+template <class Real>
+void add_to_grad(const Tensor& p, const Real* part) {
+  const int64_t count = p.numel();
+  Tensor& grad = p.mutable_grad();
+  if (!grad.defined()) {
+    grad = at::empty(p.sizes(), p.options().requires_grad(false));
+    std::memcpy(grad.mutable_data_ptr<Real>(), part, size_t(count) * sizeof(Real));
+    return;
+  }
+  const bool plain = grad.is_contiguous() && grad.scalar_type() == p.scalar_type() &&
+                     grad.device().is_cpu() && !grad.requires_grad() && grad.sizes() == p.sizes() &&
+                     !grad.is_inference();
+  if (!plain) {
+    grad.add_(at::from_blob(const_cast<Real*>(part), p.sizes(), p.options().requires_grad(false)));
+    return;
+  }
+  Real* const to = grad.mutable_data_ptr<Real>();
+  for (int64_t i = 0; i < count; ++i) to[i] += part[i];
+  grad.unsafeGetTensorImpl()->bump_version();
+}
+
+// .grad += the parts of `flat`, of those tensors that require one.
+void add_all(const Tensor& flat, const std::vector<Tensor>& leaves) {
+  with_real(flat.scalar_type(), [&](auto real) {
+    const auto* part = flat.const_data_ptr<decltype(real)>();
+    for (const Tensor& leaf : leaves) {
+      if (leaf.requires_grad()) add_to_grad(leaf, part);
+      part += leaf.numel();
+    }
+    return 0;
+  });
+}
+
+}  // namespace
+
+MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& constants,
+                               const Side& support, const Side& query, const Inner& inner,
+                               const std::optional<Tensor>& weights) {
+  const at::NoGradGuard no_grad;
+  check_side("support", support, support.x.size(0));
+  check_side("query", query, support.x.size(0));
+  const Tensor theta = flatten(params);
+  const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
+  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false);
+  set_loss(run.outcome, w);
+  add_all(reduce(run.gradient, w), params);
+  if (!inner.lstm.empty()) add_all(sum_tasks(run.rule_gradient, w), inner.lstm);
+  return run.outcome;
+}
+
+}  // namespace metafast

@@ -1,0 +1,187 @@
+"""LOMAML's meta-step as one native call: every option, both doors, kept and computed-again gates, any threads."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metafast as mf
+from metafast.rules import LearnedRule
+from tests.backends import native
+from tests.nets import build, episodes_for, gradient, relative_error
+
+pytestmark = pytest.mark.usefixtures("native_backend")
+BAR = 1e-10
+
+
+@pytest.fixture
+def native_backend() -> object:
+    with mf.use_backend("cpu"):
+        yield
+
+
+class Stepwise(LearnedRule):
+    """A subclass could step otherwise, so it goes step by step, by another path than the one call."""
+
+
+def optimizer_of(hidden: int = 5, layers: int = 2, seed: int = 0) -> mf.LSTMOptimizer:
+    torch.manual_seed(seed)
+    optimizer = mf.LSTMOptimizer(hidden, layers).double()
+    with torch.no_grad():
+        for w in optimizer.weights:
+            w.add_(0.2 * torch.randn_like(w))
+    return optimizer
+
+
+def learner_of(rule: type[LearnedRule], model: nn.Module, optimizer: mf.LSTMOptimizer, **options: object) -> nn.Module:
+    return mf.GradientLearner(model, rule(optimizer, 0.3), steps=3, **options)
+
+
+def is_one_call(learner: mf.GradientLearner, episodes: mf.Episodes) -> bool:
+    network = learner._check(episodes, None)
+    return network is not None and learner._fused(episodes, None) is not None
+
+
+OPTIONS = list(itertools.product((False, True), (None, (0.3, 0.0, 1.7)), (None, 3), (False, True)))
+
+
+@native
+@pytest.mark.parametrize(("first_order", "query_weights", "batch", "learn_init"), OPTIONS)
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_options(
+    name: str, first_order: bool, query_weights: tuple | None, batch: int | None, learn_init: bool
+) -> None:
+    model, episodes, weights = build(name), episodes_for(name), torch.rand(4, dtype=torch.float64)
+    optimizer = optimizer_of()
+    found: list[list[Tensor]] = []
+    for rule in (Stepwise, LearnedRule):
+        learner = learner_of(
+            rule,
+            model,
+            optimizer,
+            first_order=first_order,
+            query_weights=query_weights,
+            support_batch=batch,
+            learn_init=learn_init,
+        )
+        assert is_one_call(learner, episodes) == (rule is LearnedRule)
+        for accumulate in (False, True):
+            learner.zero_grad()
+            if accumulate:
+                out = learner.accumulate_grad(episodes, weights)
+            else:
+                out = learner(episodes, weights)
+                out.loss.backward()
+            assert learn_init == (next(iter(model.parameters())).grad is not None)
+            found.append([gradient(learner), out.losses, out.logits, out.loss])
+    for one in found[1:]:
+        for mine, wanted in zip(one, found[0]):
+            assert relative_error(mine, wanted) <= BAR
+
+
+@native
+@pytest.mark.parametrize(("hidden", "layers"), [(1, 1), (7, 1), (20, 2), (3, 4)])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_reference(hidden: int, layers: int, first_order: bool) -> None:
+    model, episodes, optimizer = build("mlp"), episodes_for("mlp", tasks=1), optimizer_of(hidden, layers)
+    learner = mf.LOMAML(model, optimizer, lr=0.2, steps=4, first_order=first_order)
+    assert is_one_call(learner, episodes)
+    out = learner(episodes)
+    out.loss.backward()
+    mine = gradient(learner)
+    learner.zero_grad()
+    wanted = mf.reference.lomaml(model, optimizer, episodes, lr=0.2, steps=4, first_order=first_order)
+    wanted.loss.backward()
+    assert relative_error(mine, gradient(learner)) <= BAR
+    assert relative_error(out.logits, wanted.logits) <= BAR
+
+
+@native
+def test_gates_that_are_computed_again_and_any_number_of_threads() -> None:
+    """More coordinates than the gates of all steps are kept for; the odd number of them leaves a block unfilled."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 97), nn.Tanh(), nn.Linear(97, 71), nn.Tanh(), nn.Linear(71, 3)).double()
+    episodes, optimizer = episodes_for("mlp", tasks=5), optimizer_of(20)
+    learner = mf.LOMAML(model, optimizer, lr=0.1, steps=4)
+    found = {}
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            learner.zero_grad()
+            learner.accumulate_grad(episodes)
+            found[threads] = gradient(learner)
+    finally:
+        torch.set_num_threads(threads_before)
+    assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
+    learner.zero_grad()
+    mf.reference.lomaml(model, optimizer, episodes, lr=0.1, steps=4).loss.backward()
+    assert relative_error(found[1], gradient(learner)) <= BAR
+
+
+@native
+def test_any_cotangent_and_twice_through_the_same_graph() -> None:
+    model, episodes, optimizer = build("batch_norm"), episodes_for("batch_norm"), optimizer_of()
+    learner = mf.LOMAML(model, optimizer, lr=0.2, steps=2)
+
+    def objective(out: mf.Outcome) -> Tensor:
+        return out.loss * 0.5 + (out.losses**2).sum() + (out.logits.tanh() * 0.3).sum()
+
+    loss = objective(learner(episodes))
+    loss.backward(retain_graph=True)
+    once = gradient(learner)
+    loss.backward()
+    assert relative_error(gradient(learner), 2 * once) <= 1e-14
+    learner.zero_grad()
+    objective(mf.reference.lomaml(model, optimizer, episodes, lr=0.2, steps=2)).backward()
+    assert relative_error(once, gradient(learner)) <= BAR
+    grads = torch.autograd.grad(learner(episodes).loss, list(learner.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+
+
+@native
+def test_frozen_parameters_stay_and_a_frozen_optimizer_gets_no_gradient() -> None:
+    model, episodes, optimizer = build("mlp"), episodes_for("mlp"), optimizer_of()
+    model[0].requires_grad_(False)
+    optimizer.requires_grad_(False)
+    found = []
+    for rule in (Stepwise, LearnedRule):
+        learner = learner_of(rule, model, optimizer)
+        learner.zero_grad()
+        learner.accumulate_grad(episodes)
+        assert all(p.grad is None for p in (*model[0].parameters(), *optimizer.parameters()))
+        found.append(gradient(model))
+    assert relative_error(found[1], found[0]) <= BAR
+
+
+@native
+def test_no_gradient_is_no_graph_and_the_same_numbers() -> None:
+    model, episodes, optimizer = build("mlp"), episodes_for("mlp"), optimizer_of()
+    for steps in (0, 1, 5):
+        learner = mf.LOMAML(model, optimizer, lr=0.2, steps=steps)
+        with torch.no_grad():
+            out = learner(episodes)
+        assert not out.loss.requires_grad
+        assert torch.equal(out.logits, learner(episodes).logits.detach())
+
+
+@native
+def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
+    model, episodes = build("mlp"), episodes_for("mlp", tasks=8)
+    optimizer = optimizer_of(20)
+    found = {}
+    for run, dtype in (("exact", torch.float64), ("plain", torch.float32), ("native", torch.float32)):
+        net, rule, e = copy.deepcopy(model).to(dtype), copy.deepcopy(optimizer).to(dtype), episodes.to(dtype=dtype)
+        learner = mf.LOMAML(net, rule, lr=0.1, steps=5)
+        if run == "native":
+            learner.accumulate_grad(e)
+        else:
+            mf.reference.lomaml(net, rule, e, lr=0.1, steps=5).loss.backward()
+        found[run] = gradient(learner).double()
+    error, plain = (relative_error(found[run], found["exact"]) for run in ("native", "plain"))
+    assert error <= 2 * plain + 1e-6
