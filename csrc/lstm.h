@@ -15,11 +15,13 @@ struct LstmWeights {
   const Real* const*
       weights;               // for each layer (4H, inputs), (4H, H), (4H,), inputs being 2, then H; (H,), ()
   const int64_t* gate_rows;  // (4H,): k * kLstmBlock
+  const Real* start;         // (L, 2, H): h and c before the first step of an inner loop; null: zeros
 
-  // Of all of them together.
+  // Numbers of all weights together, and with those of `start` after them.
   int64_t count() const {
     return 4 * hidden * (2 + (layers - 1) * hidden + layers * (hidden + 1)) + hidden + 1;
   }
+  int64_t count_with_start() const { return count() + (start == nullptr ? 0 : 2 * layers * hidden); }
 };
 
 // One step of N coordinates on its own.

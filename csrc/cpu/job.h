@@ -35,6 +35,14 @@ struct Data {
   const Real* values;     // (T, N, D) for mse
 };
 
+// phi' = phi - rate O(g, s), O a coordinatewise LSTM, for those parameters that move.
+template <class Real>
+struct LearnedStep {
+  const LstmWeights<Real>* weights;
+  int64_t coordinates;
+  const int64_t* place;  // (params,): which coordinate a parameter is; one that is none, out of their range
+};
+
 template <class Real>
 struct Job {
   What what;
@@ -60,13 +68,14 @@ struct Job {
   Real rate;
   const Real* rates;
   int64_t rates_stride;
-  // Not null: phi_{k+1} = phi_k - rate O(g_k, s_k), s_0 = 0.
-  const LstmWeights<Real>* lstm;
+  const LearnedStep<Real>* learned;  // in place of the rates, unless null
+  int64_t truncate;  // steps k = truncate, 2 truncate, ... take phi_k and s_k for constants; 0: none
   // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K).
   const Real* query_weights;
 
   // Results; null where not wanted. gradient: (T, P) in the user's order, for meta_step (T, params) in the
-  // engine's; so for rate_gradient (T, K or 1, params). rule_gradient: (T, lstm->count()), with gradient.
+  // engine's; so for rate_gradient (T, K or 1, params). rule_gradient: of the learned
+  // step's weights and start, (T, count_with_start()), with gradient.
   Real *losses, *logits, *accuracy, *gradient, *rate_gradient, *rule_gradient;
 };
 

@@ -97,6 +97,12 @@ class LstmCell {
     }
   }
 
+  // h and c before the first step.
+  void start(Real* carried) const {
+    for (int64_t row = 0; row < 2 * a_.layers * hidden_; ++row)
+      std::fill_n(carried + row * kBlock, kBlock, a_.start == nullptr ? Real(0) : a_.start[row]);
+  }
+
   // From g, h and c in the frame: the gates, what the preprocessing gives, and h and c of the next frame,
   // which may be null.
   void forward(Real* frame, Real* gates, Real* next) {

@@ -2,7 +2,7 @@
 // called for k = 0..K-1 forwards and, where a gradient is wanted, for k = K-1..0 backwards.
 //
 //   PlainRule     phi' = phi - rate_k g, elementwise;  lam_g = -rate_k lam,  d rate_k = -lam g
-//   LearnedRule   phi' = phi - rate O(g, s; psi), O the coordinatewise LSTM of lstm_cell.h
+//   LearnedRule   phi' = phi - rate O(g, s; psi), O the coordinatewise LSTM of lstm_cell.h, where phi moves
 //
 // In phi as the engine has it only those elements move that are among the user's adapting ones. Both are
 // tested through the meta-step, by tests/test_exactness.py and tests/test_inner_options.py.
@@ -84,6 +84,7 @@ class PlainRule {
     return {direction, 1};
   }
 
+  void cut() {}
   void end() {}
 
  private:
@@ -105,10 +106,10 @@ class LearnedRule {
   LearnedRule(const Job<Real>& job, int64_t task, Real* workspace, bool wants_gradient)
       : job_(job),
         task_(task),
-        coordinates_(job.program->adapting),
+        coordinates_(job.learned->coordinates),
         blocks_(lstm_blocks<Real>(coordinates_)),
         carver_(workspace),
-        cell_(*job.lstm, carver_) {
+        cell_(*job.learned->weights, carver_) {
     // Frames of all steps for the way back, else of one and the next.
     frames_kept_ = wants_gradient ? job.steps : 2;
     // Gates of all steps where they stay in a cache that is near, which reads them faster than a core makes
@@ -123,11 +124,10 @@ class LearnedRule {
     result_ = carver_.take(blocks_ * kBlock);
     if (workspace == nullptr) return;
     cell_.pack(wants_gradient);
-    for (int64_t b = 0; job.steps > 0 && b < blocks_; ++b)
-      std::fill_n(cell_.carried(frame(0, b)), cell_.carry_size(), Real(0));
+    for (int64_t b = 0; job.steps > 0 && b < blocks_; ++b) cell_.start(cell_.carried(frame(0, b)));
     if (!wants_gradient) return;
     cell_.begin();
-    std::fill_n(carry_, blocks_ * cell_.carry_size(), Real(0));
+    cut();
   }
 
   int64_t size() const { return carver_.size(); }
@@ -140,11 +140,8 @@ class LearnedRule {
       cell_.forward(frame(k, b), gates(k, b), k + 1 < job_.steps ? frame(k + 1, b) : nullptr);
       cell_.updates(result_ + b * kBlock);
     }
-    const Program& program = *job_.program;
-    for (int64_t i = 0; i < program.params; ++i) {
-      const int64_t p = program.source[i];
-      to[i] = p >= 0 && p < coordinates_ ? from[i] - job_.rate * result_[p] : from[i];
-    }
+    for (int64_t i = 0; i < job_.program->params; ++i)
+      to[i] = moves(i) ? from[i] - job_.rate * result_[job_.learned->place[i]] : from[i];
   }
 
   Pull<Real> pull(int64_t k, const Real* lam, const Real*, Real* direction) {
@@ -161,11 +158,29 @@ class LearnedRule {
                      result_ + b * kBlock);
     }
     if (job_.first_order) return {nullptr, 0};
-    to_engine<Real>(*job_.program, result_, nullptr, direction);
+    for (int64_t i = 0; i < job_.program->params; ++i)
+      direction[i] = moves(i) ? result_[job_.learned->place[i]] : Real(0);
     return {direction, 1};
   }
 
-  void end() { cell_.write_weights(job_.rule_gradient + task_ * job_.lstm->count()); }
+  // The states of the steps above are constants from here on.
+  void cut() { std::fill_n(carry_, blocks_ * cell_.carry_size(), Real(0)); }
+
+  void end() {
+    const LstmWeights<Real>& weights = *job_.learned->weights;
+    Real* const to = job_.rule_gradient + task_ * weights.count_with_start();
+    cell_.write_weights(to);
+    if (weights.start == nullptr) return;
+    // Lanes beyond the last coordinate have no cotangents.
+    for (int64_t row = 0; row < cell_.carry_size() / kBlock; ++row) {
+      Vec<Real> sum{};
+      for (int64_t b = 0; b < blocks_; ++b) {
+        const Real* const d = carry_ + b * cell_.carry_size() + row * kBlock;
+        for (int64_t lane = 0; lane < kBlock; lane += kLanes<Real>) sum += load(d + lane);
+      }
+      to[weights.count() + row] = sum_of_lanes<Real>(sum);
+    }
+  }
 
  private:
   Real* frame(int64_t k, int64_t b) const {
@@ -174,10 +189,16 @@ class LearnedRule {
   Real* gates(int64_t k, int64_t b) const {
     return gates_kept_ ? gates_ + (k * blocks_ + b) * cell_.gates_size() : gates_;
   }
-  // user_, whole blocks of which the last ends in zeros.
+  bool moves(int64_t i) const {
+    const int64_t p = job_.learned->place[i];
+    return p >= 0 && p < coordinates_;
+  }
+  // user_, whole blocks of which the last ends in zeros; so are coordinates that no layer uses.
   void to_coordinates(const Real* w) {
-    to_user(*job_.program, w, user_);
-    std::fill(user_ + coordinates_, user_ + blocks_ * kBlock, Real(0));
+    std::fill_n(user_, blocks_ * kBlock, Real(0));
+    for (int64_t i = 0; i < job_.program->params; ++i) {
+      if (moves(i)) user_[job_.learned->place[i]] = w[i];
+    }
   }
 
   const Job<Real>& job_;
@@ -191,7 +212,7 @@ class LearnedRule {
 // Elements of workspace that the job's rule takes.
 template <class Real>
 int64_t rule_workspace(const Job<Real>& job, bool wants_gradient) {
-  return job.lstm == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
+  return job.learned == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
 }
 
 }  // namespace METAFAST_ISA

@@ -354,7 +354,10 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
       support.backward(nullptr);
     }
     const Pull<Real> pull = rule.pull(k, lam, product, direction);
-    if (!job.first_order) {
+    if (job.truncate > 0 && k > 0 && k % job.truncate == 0) {
+      std::fill_n(lam, params, Real(0));
+      rule.cut();
+    } else if (!job.first_order) {
       sum = k == 0 ? gradient : lam;
       support.hessian_vector(pull.along, product);
       const Vec<Real> factor = splat(pull.factor);
@@ -428,8 +431,8 @@ void weighted_sum(const Real* rows, int64_t tasks, int64_t size, const Real* wei
 template <class Real>
 void run_task(const Job<Real>& job, int64_t task, Real* workspace) {
   if (job.what == What::meta_step) {
-    job.lstm == nullptr ? meta_step<Real, PlainRule>(job, task, workspace)
-                        : meta_step<Real, LearnedRule>(job, task, workspace);
+    job.learned == nullptr ? meta_step<Real, PlainRule>(job, task, workspace)
+                           : meta_step<Real, LearnedRule>(job, task, workspace);
   } else {
     single(job, task, workspace);
   }

@@ -106,14 +106,14 @@ template <class Real>
 class Engine::Call {
  public:
   Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps, bool query_losses = false, const LstmWeights<Real>* lstm = nullptr)
+       int64_t steps, bool query_losses = false, const cpu::LearnedStep<Real>* learned = nullptr)
       : engine_(engine) {
     job.what = what;
     job.program = &engine.plan_.program();
     job.tasks = tasks;
     job.steps = steps;
     job.batches = 1;
-    job.lstm = lstm;
+    job.learned = learned;
     const int64_t rule = functions<Real>().rule_workspace(job, wants_gradient);
     job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses, rule);
   }
@@ -269,10 +269,25 @@ Tensor Engine::flatten(const std::vector<Tensor>& params) const {
   return flat;
 }
 
+void Engine::check_moves(const Tensor& moves) const {
+  TORCH_CHECK_TYPE(moves.scalar_type() == at::kLong && moves.device().is_cpu(),
+                   "moves: expected int64 indices on the CPU, got ", moves.scalar_type(), " on ",
+                   moves.device());
+  TORCH_CHECK_VALUE(moves.dim() == 1 && moves.numel() > 0 && moves.is_contiguous(),
+                    "moves: expected (M,) indices in a row, got ", moves.sizes());
+  const int64_t* const index = moves.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < moves.numel(); ++i) {
+    TORCH_CHECK_VALUE(index[i] >= (i == 0 ? 0 : index[i - 1] + 1) && index[i] < plan_.program().adapting,
+                      "moves: expected ascending indices below ", plan_.program().adapting, ", got ",
+                      index[i]);
+  }
+}
+
 void Engine::check_inner(const Inner& inner, int64_t shots) const {
   TORCH_CHECK_VALUE(inner.steps >= 0, "steps: expected at least 0, got ", inner.steps);
   TORCH_CHECK_VALUE(inner.batch >= 0 && (inner.batch == 0 || shots % inner.batch == 0),
                     "batch: expected a divisor of the ", shots, " support samples, got ", inner.batch);
+  TORCH_CHECK_VALUE(inner.truncate >= 0, "truncate: expected at least 0, got ", inner.truncate);
   TORCH_CHECK_VALUE(inner.query_weights.empty() || int64_t(inner.query_weights.size()) == inner.steps,
                     "query_weights: expected ", inner.steps, " numbers, one a step, got ",
                     inner.query_weights.size());
@@ -280,13 +295,26 @@ void Engine::check_inner(const Inner& inner, int64_t shots) const {
     TORCH_CHECK_VALUE(!inner.rates, "rates: expected none beside an LSTM's weights");
     TORCH_CHECK_VALUE(inner.lstm.size() >= 5, "weights: expected at least 5 tensors, got ",
                       inner.lstm.size());
-    check_lstm_weights(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), dtype_);
+    check_lstm_weights(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), dtype_, true);
+    if (inner.moves) check_moves(*inner.moves);
   }
   if (!inner.rates) return;
   const Tensor& rates = *inner.rates;
   TORCH_CHECK_VALUE(rates.dim() == 2 && (rates.size(0) == 1 || rates.size(0) == inner.steps),
                     "rates: expected (1 or ", inner.steps, ", P), got ", rates.sizes());
   check("rates", rates, {rates.size(0), plan_.program().adapting});
+}
+
+std::vector<int64_t> Engine::places(const Tensor& moves) const {
+  const Program& program = plan_.program();
+  std::vector<int64_t> of_user(size_t(program.adapting), -1), found(size_t(program.params), -1);
+  const int64_t* const index = moves.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < moves.numel(); ++i) of_user[size_t(index[i])] = i;
+  for (int64_t i = 0; i < program.params; ++i) {
+    const int64_t p = program.source[i];
+    if (p >= 0 && p < program.adapting) found[size_t(i)] = of_user[size_t(p)];
+  }
+  return found;
 }
 
 Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
@@ -313,14 +341,25 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     using Real = decltype(real);
     const int64_t batch = inner.batch > 0 ? inner.batch : shots;
     std::optional<HeldLstmWeights<Real>> lstm;
-    if (!inner.lstm.empty()) lstm.emplace(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), inner.p);
+    cpu::LearnedStep<Real> learned{nullptr, program.adapting, program.source};
+    std::vector<int64_t> place;
+    if (!inner.lstm.empty()) {
+      lstm.emplace(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), inner.p);
+      learned.weights = &**lstm;
+      if (inner.moves) {
+        place = places(*inner.moves);
+        learned.coordinates = inner.moves->numel();
+        learned.place = place.data();
+      }
+    }
     Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? batch : 0, queries,
-                    inner.steps, !inner.query_weights.empty(), lstm ? &**lstm : nullptr);
+                    inner.steps, !inner.query_weights.empty(), lstm ? &learned : nullptr);
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);
     job.batches = shots / batch;
     job.first_order = inner.first_order;
+    job.truncate = inner.truncate;
     job.rate = Real(inner.rate);
     const std::vector<Real> query_weights(inner.query_weights.begin(), inner.query_weights.end());
     job.query_weights = query_weights.empty() ? nullptr : query_weights.data();
@@ -352,7 +391,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     job.accuracy = result.outcome.accuracy ? result.outcome.accuracy->mutable_data_ptr<Real>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.mutable_data_ptr<Real>() : nullptr;
     if (wants_gradient && lstm) {
-      result.rule_gradient = at::empty({tasks, (**lstm).count()}, options);
+      result.rule_gradient = at::empty({tasks, (**lstm).count_with_start()}, options);
       job.rule_gradient = result.rule_gradient.mutable_data_ptr<Real>();
     }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;

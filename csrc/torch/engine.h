@@ -38,12 +38,15 @@ struct Inner {
   bool first_order;
   int64_t batch;
   std::vector<double> query_weights;
-  // Not empty: phi - rate O(g, s), O the coordinatewise LSTM of these weights and of preprocessing range p.
+  int64_t truncate;  // the adjoint stops every so many steps; 0: nowhere
+  // Not empty: phi - rate O(g, s), O the coordinatewise LSTM of these weights, after which s_0 (L, 2, H) may
+  // follow, and of preprocessing range p. O moves the parameters of these indices, (M,) ascending, or all.
   std::vector<at::Tensor> lstm;
   double p;
+  std::optional<at::Tensor> moves;
 
-  int64_t lstm_layers() const { return int64_t(lstm.size()) / 3; }
-  int64_t lstm_hidden() const { return lstm[lstm.size() - 2].numel(); }
+  int64_t lstm_layers() const { return int64_t(lstm.size() - 2) / 3; }
+  int64_t lstm_hidden() const { return lstm[size_t(3 * lstm_layers())].numel(); }
 };
 
 struct MetaOutcome {
@@ -104,6 +107,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks) const;  // N
   void check_side(const char* name, const Side& side, int64_t tasks) const;
   void check_inner(const Inner& inner, int64_t shots) const;
+  void check_moves(const at::Tensor& moves) const;
+  // (params,): which of `moves` each parameter is, -1: none.
+  std::vector<int64_t> places(const at::Tensor& moves) const;
 
   // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, and (T, rows of rates, params)
   // those with respect to the rates, in the engine's order. With a gradient come those of the LSTM's weights.

@@ -10,12 +10,15 @@
 
 namespace metafast {
 
-// Raises where a tensor is not what LstmWeights says, of `dtype` on the CPU.
-inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t layers, at::ScalarType dtype) {
+// Raises where a tensor is not what LstmWeights says, of `dtype` on the CPU; one more tensor is the start,
+// where that is allowed.
+inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t layers, at::ScalarType dtype,
+                               bool may_start = false) {
   TORCH_CHECK_VALUE(layers >= 1 && layers <= kMostLstmLayers && hidden >= 1, "weights: expected 1 to ",
                     kMostLstmLayers, " layers and at least one unit, got ", layers, " of ", hidden);
-  TORCH_CHECK_VALUE(int64_t(weights.size()) == 3 * layers + 2, "weights: expected ", 3 * layers + 2,
-                    " tensors, got ", weights.size());
+  const int64_t size = int64_t(weights.size()), whole = 3 * layers + 2;
+  TORCH_CHECK_VALUE(size == whole || (may_start && size == whole + 1), "weights: expected ", whole,
+                    " tensors, got ", size);
   const auto check = [&](int64_t index, at::IntArrayRef sizes) {
     const at::Tensor& t = weights[size_t(index)];
     TORCH_CHECK_VALUE(t.device().is_cpu(), "weights: expected tensors on the CPU, got one on ", t.device());
@@ -30,18 +33,27 @@ inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t l
   }
   check(3 * layers, {hidden});
   check(3 * layers + 1, {});
+  if (size > whole) check(whole, {layers, 2, hidden});
 }
 
 // Holds the memory that it points to; checked before.
 template <class Real>
 class HeldLstmWeights {
  public:
+  // The first 3 L + 2 tensors are weights; one after them is the start.
   HeldLstmWeights(at::TensorList weights, int64_t hidden, int64_t layers, double p) {
     for (const at::Tensor& w : weights) tensors_.push_back(w.contiguous());
     for (const at::Tensor& w : tensors_) pointers_.push_back(w.template const_data_ptr<Real>());
+    const bool starts = int64_t(tensors_.size()) > 3 * layers + 2;
     for (int64_t g = 0; g < 4 * hidden; ++g) gate_rows_.push_back(g * kLstmBlock<Real>);
-    weights_ = {hidden,           layers,           Real(p), Real(std::exp(-p)), Real(std::exp(p)),
-                pointers_.data(), gate_rows_.data()};
+    weights_ = {hidden,
+                layers,
+                Real(p),
+                Real(std::exp(-p)),
+                Real(std::exp(p)),
+                pointers_.data(),
+                gate_rows_.data(),
+                starts ? pointers_.back() : nullptr};
   }
   HeldLstmWeights(const HeldLstmWeights&) = delete;
   HeldLstmWeights& operator=(const HeldLstmWeights&) = delete;

@@ -109,8 +109,10 @@ class NativeNetwork:
             inner.first_order,
             inner.batch or 0,
             inner.query_weights or (),
+            0,
             () if optimizer is None else list(optimizer.weights),
             0.0 if optimizer is None else optimizer.p,
+            None,
             weights,
         )
         return result
