@@ -2,10 +2,12 @@
 
 from metafast import data, models, ops, reference
 from metafast.backend import current_backend, use_backend
+from metafast.coordinatewise import CoordinatewiseOptimizer
 from metafast.episodes import Episodes, Outcome
 from metafast.explain import explain
 from metafast.learners import LOMAML, MAML, Adapted, GradientLearner, ProtoNets, TaskLearner
 from metafast.lstm import LSTMOptimizer
+from metafast.mlp_optimizer import MLPOptimizer
 from metafast.rules import SGD, LayerRates, LearnedRates, LearnedRule, Momentum, PartialSGD, UpdateRule
 from metafast.version import __version__
 
@@ -14,12 +16,14 @@ __all__ = [
     "MAML",
     "SGD",
     "Adapted",
+    "CoordinatewiseOptimizer",
     "Episodes",
     "GradientLearner",
     "LSTMOptimizer",
     "LayerRates",
     "LearnedRates",
     "LearnedRule",
+    "MLPOptimizer",
     "Momentum",
     "Outcome",
     "PartialSGD",

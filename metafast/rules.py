@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.coordinatewise import CoordinatewiseOptimizer
 from metafast.engine.guard import has_hooks
 from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
@@ -129,28 +130,9 @@ class PartialSGD(UpdateRule):
 
     def __init__(self, model: nn.Module, adapts: Sequence[str], lr: float) -> None:
         super().__init__()
-        if isinstance(adapts, str) or not isinstance(adapts, Sequence) or not adapts or not _all_strings(adapts):
-            raise TypeError(f"adapts: expected names of parameters or modules, got {adapts!r}")
+        self.register_buffer("moves", moving(model, adapts), persistent=False)
         self.adapts = tuple(adapts)
         self.lr = _check.number("lr", lr, minimum=0.0)
-        layout = Layout.of(model)
-        moves = torch.zeros_like(layout.flatten(model).detach(), dtype=torch.bool)
-        parts = moves.split(list(layout.sizes))
-        for name in self.adapts:
-            found = [part for key, part in zip(layout.names, parts) if _is_of(key, name)]
-            if not found:
-                raise ValueError(
-                    f"adapts: expected names among {', '.join(layout.names)} or their modules, got {name!r}"
-                )
-            for part in found:
-                part.fill_(True)
-        for key, parameter in model.named_parameters(remove_duplicate=False):
-            # A shared parameter goes by its first name alone; by another it would stay behind without a word.
-            if parameter.requires_grad and key not in layout.names and any(_is_of(key, name) for name in self.adapts):
-                first = next(own for own, p in model.named_parameters() if p is parameter)
-                if not any(_is_of(first, name) for name in self.adapts):
-                    raise ValueError(f"adapts: {key!r} is the parameter {first!r} too; expected that name among them")
-        self.register_buffer("moves", moves, persistent=False)
 
     def init(self, params: Tensor) -> State:
         return ()
@@ -166,6 +148,28 @@ class PartialSGD(UpdateRule):
 
     def extra_repr(self) -> str:
         return f"adapts={list(self.adapts)}, lr={self.lr:g}"
+
+
+def moving(model: nn.Module, adapts: Sequence[str]) -> Tensor:
+    """(P,) bool, which parameters of a model are those named, or in a module that is; refuses a name of none."""
+    if isinstance(adapts, str) or not isinstance(adapts, Sequence) or not adapts or not _all_strings(adapts):
+        raise TypeError(f"adapts: expected names of parameters or modules, got {adapts!r}")
+    layout = Layout.of(_check.module("model", model))
+    moves = torch.zeros_like(layout.flatten(model).detach(), dtype=torch.bool)
+    parts = moves.split(list(layout.sizes))
+    for name in adapts:
+        found = [part for key, part in zip(layout.names, parts) if _is_of(key, name)]
+        if not found:
+            raise ValueError(f"adapts: expected names among {', '.join(layout.names)} or their modules, got {name!r}")
+        for part in found:
+            part.fill_(True)
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        # A shared parameter goes by its first name alone; by another it would stay behind without a word.
+        if parameter.requires_grad and key not in layout.names and any(_is_of(key, name) for name in adapts):
+            first = next(own for own, p in model.named_parameters() if p is parameter)
+            if not any(_is_of(first, name) for name in adapts):
+                raise ValueError(f"adapts: {key!r} is the parameter {first!r} too; expected that name among them")
+    return moves
 
 
 def _is_of(parameter: str, name: str) -> bool:
@@ -278,26 +282,48 @@ class LayerRates(UpdateRule):
 
 
 class LearnedRule(UpdateRule):
-    """phi - lr O(g, s; psi): the rule of LOMAML, O a coordinatewise :class:`~metafast.LSTMOptimizer`.
+    """phi - lr O(g, s; psi): the rule of LOMAML, O a learned coordinatewise optimiser.
 
     Args:
         optimizer: O; shared by all coordinates, tasks and steps.
         lr: factor of its output, a finite number of at least 0.
+        moves: (P,) bool, which of the parameters adapt; None: all. O sees the gradients of these alone.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
     """
 
-    def __init__(self, optimizer: LSTMOptimizer, lr: float) -> None:
+    index: Tensor | None
+
+    def __init__(self, optimizer: CoordinatewiseOptimizer, lr: float, moves: Tensor | None = None) -> None:
         super().__init__()
-        if not isinstance(optimizer, LSTMOptimizer):
-            raise TypeError(f"optimizer: expected an LSTMOptimizer, got {_check.describe(optimizer)}")
+        if not isinstance(optimizer, CoordinatewiseOptimizer):
+            raise TypeError(
+                f"optimizer: expected an LSTMOptimizer or another metafast.CoordinatewiseOptimizer, "
+                f"got {_check.describe(optimizer)}"
+            )
         self.optimizer = optimizer
         self.lr = _check.number("lr", lr, minimum=0.0)
+        self._size = None
+        if moves is not None:
+            if _check.tensor("moves", moves).dim() != 1 or moves.dtype != torch.bool or not bool(moves.any()):
+                raise ValueError(f"moves: expected (P,) bool, not all False, got {_check.describe(moves)}")
+            self._size = moves.shape[0]
+        index = None if moves is None else moves.nonzero().squeeze(1)
+        self.register_buffer("index", index, persistent=False)
 
     def init(self, params: Tensor) -> State:
-        return (self.optimizer.init(params.numel()),)
+        if self.index is None:
+            return (self.optimizer.init(params.numel()),)
+        if params.shape[1] != self._size:
+            raise ValueError(f"moves: expected one for each of {params.shape[1]}, got {self._size}")
+        return (self.optimizer.init(params.shape[0] * self.index.shape[0]),)
 
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
-        updates, carried = self.optimizer(grads.reshape(-1), state[0])
-        return inner_update(params, updates.view_as(params), self.lr), (carried,)
+        moved, along = self._moving(params), self._moving(grads)
+        updates, carried = self.optimizer(along.reshape(-1), state[0])
+        moved = inner_update(moved, updates.view_as(moved), self.lr)
+        return (moved if self.index is None else params.index_copy(1, self.index, moved)), (carried,)
 
     def vjp(
         self, params: Tensor, grads: Tensor, state: State, lam: Tensor, lam_state: Cotangents
@@ -305,11 +331,21 @@ class LearnedRule(UpdateRule):
         optimizer = self.optimizer
         if not self._plain():
             return None
+        assert isinstance(optimizer, LSTMOptimizer)
         carried = lam_state[0] if lam_state else None
-        d_updates = (-self.lr * lam).reshape(-1)
+        d_updates = (-self.lr * self._moving(lam)).reshape(-1)
+        along = self._moving(grads)
         weights = list(optimizer.weights)
-        d_grads, d_state, d_weights = lstm_vjp(d_updates, carried, grads.reshape(-1), state[0], weights, optimizer.p)
-        return (lam, d_grads.view_as(grads), d_state), d_weights
+        d_along, d_state, d_weights = lstm_vjp(d_updates, carried, along.reshape(-1), state[0], weights, optimizer.p)
+        d_grads = d_along.view_as(along)
+        if self.index is not None:
+            d_grads = torch.zeros_like(grads).index_copy(1, self.index, d_grads)
+        d_psi = d_weights if optimizer.initial_state is None else (None, *d_weights)
+        return (lam, d_grads, d_state), d_psi
+
+    def _moving(self, flat: Tensor) -> Tensor:
+        """The part of (T, P) that adapts."""
+        return flat if self.index is None else flat.index_select(1, self.index)
 
     def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         return None if self.plain_optimizer() is None else self.lr
@@ -324,8 +360,11 @@ class LearnedRule(UpdateRule):
             return False
         if "step" in self.__dict__ or "forward" in optimizer.__dict__ or has_hooks(optimizer):
             return False
-        mine, weights = list(self.parameters()), list(optimizer.weights)
+        weights = list(optimizer.weights)
+        if optimizer.initial_state is not None:
+            weights.insert(0, optimizer.initial_state)
+        mine = list(self.parameters())
         return len(mine) == len(weights) and all(a is b and not a._backward_hooks for a, b in zip(mine, weights))
 
     def extra_repr(self) -> str:
-        return f"lr={self.lr:g}"
+        return f"lr={self.lr:g}" if self.index is None else f"lr={self.lr:g}, moves {self.index.shape[0]} parameters"

@@ -247,7 +247,9 @@ def test_backend_names() -> None:
     assert mf.current_backend() in ("auto", "torch", "cpu")
 
 
-@pytest.mark.parametrize("change", [{"hidden": 0}, {"layers": 0}, {"p": 0.0}, {"hidden": 2.0}, {"p": float("nan")}])
+@pytest.mark.parametrize(
+    "change", [{"hidden": 0}, {"layers": 0}, {"p": 0.0}, {"hidden": 2.0}, {"p": float("nan")}, {"learn_state": 1}]
+)
 def test_arguments_of_the_lstm_optimizer(change: dict[str, object]) -> None:
     (name,) = change
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):

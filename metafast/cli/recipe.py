@@ -13,7 +13,6 @@ from torch import nn
 
 from metafast import _check
 from metafast.cli.defaults import Data, Learner, defaults, unfit
-from metafast.cli.descent import start_as_descent
 from metafast.data import ClassTable, Glyphs, MiniImageNet, Omniglot, Sinusoid
 from metafast.episodes import Episodes
 from metafast.learners import LOMAML, MAML, GradientLearner, ProtoNets
@@ -145,7 +144,7 @@ def build_learner(recipe: Recipe) -> AnyLearner:
             return ProtoNets(model, batch_norm=batch_norm)
         loss, first_order = "mse" if recipe.regression else "cross_entropy", bool(recipe.first_order)
         if recipe.learner == "lomaml":
-            optimizer = start_as_descent(LSTMOptimizer(), limit=10.0 if recipe.regression else 1.0)
+            optimizer = LSTMOptimizer().start_as_descent(limit=10.0 if recipe.regression else 1.0)
             return LOMAML(
                 model, optimizer, recipe.lr, recipe.steps, loss, first_order=first_order, batch_norm=batch_norm
             )

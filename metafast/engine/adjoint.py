@@ -3,14 +3,15 @@
     phi_{k+1}, s_{k+1} = U(phi_k, g_k, s_k; psi),  g_k = grad L_support(phi_k)        forward
     lam_phi, lam_g, lam_s, d_psi = U.vjp(lam);  lam = lam_phi + H_support(phi_k) lam_g    backward
 
-No graph is kept over the inner loop, only phi_k and g_k, (T, P) each.
+No graph is kept over the inner loop, only phi_k and g_k, (T, P) each. Truncated every n steps, step k = n, 2n, ...
+takes phi_k and s_k for constants: lam and lam_s begin anew at 0 below it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +31,34 @@ class AdjointEngine(ABC):
         self.first_order = first_order
 
     def inner_loop(
-        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+        self,
+        theta: Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        steps: int,
+        batch: int | None = None,
+        truncate: int | None = None,
     ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
-        phi: Tensor = _InnerLoop.apply(self, support_x, support_y, steps, batch, theta, *self.rule.parameters())
-        return phi
+        if steps == 0:
+            return theta.repeat(support_x.shape[0], 1)
+        last = self.path(theta, support_x, support_y, [*[False] * (steps - 1), True], batch, truncate)[-1]
+        assert last is not None
+        return last
 
     def path(
-        self, theta: Tensor, support_x: Tensor, support_y: Tensor, wanted: Sequence[bool], batch: int | None = None
+        self,
+        theta: Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        wanted: Sequence[bool],
+        batch: int | None = None,
+        truncate: int | None = None,
     ) -> list[Tensor | None]:
-        """phi_1..phi_K, None where not wanted, each as :meth:`inner_loop` gives it.
-
-        From the start each time: short of one native call this is simple, and as exact.
-        """
-        numbered = enumerate(wanted, 1)
-        return [self.inner_loop(theta, support_x, support_y, k, batch) if want else None for k, want in numbered]
+        """phi_1..phi_K, None where not wanted, in one pass; differentiable as :meth:`inner_loop`."""
+        inner = _Loop(tuple(wanted), batch, truncate)
+        found = iter(_InnerLoop.apply(self, inner, support_x, support_y, theta, *self.rule.parameters()))
+        return [next(found) if want else None for want in wanted]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """(T, N, ...) outputs for x (T, N, ...) with parameters (T, P); differentiable in phi."""
@@ -68,46 +82,68 @@ class AdjointEngine(ABC):
         """(T, P) cotangents of phi for those of the outputs, (T, N, ...)."""
 
 
+class _Loop(NamedTuple):
+    """How the inner loop goes: which of phi_1..phi_K are wanted, support samples a step, steps between cuts."""
+
+    wanted: tuple[bool, ...]
+    batch: int | None
+    truncate: int | None
+
+    def cut(self, k: int) -> bool:
+        """Whether step k, which leads from phi_k, takes phi_k and s_k for constants."""
+        return self.truncate is not None and k > 0 and k % self.truncate == 0
+
+
 class _InnerLoop(torch.autograd.Function):
-    """theta (P,), psi -> phi_K (T, P), with the adjoint recursion as its backward."""
+    """theta (P,), psi -> the phi_k (T, P) that are wanted, with the adjoint recursion as its backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        engine: AdjointEngine,
-        x: Tensor,
-        y: Tensor,
-        steps: int,
-        batch: int | None,
-        theta: Tensor,
-        *psi: Tensor,
-    ) -> Tensor:
+        ctx: Any, engine: AdjointEngine, inner: _Loop, x: Tensor, y: Tensor, theta: Tensor, *psi: Tensor
+    ) -> tuple[Tensor, ...]:
         phi = theta.detach().repeat(x.shape[0], 1)
         state = engine.rule.init(phi)
         tape: list[tuple[Tensor, Tensor, State]] = []
-        for k in range(steps):
-            grads = engine.support_grad(phi, *support_of(x, y, k, batch, dim=1))
+        found = []
+        for k, want in enumerate(inner.wanted):
+            grads = engine.support_grad(phi, *support_of(x, y, k, inner.batch, dim=1))
             tape.append((phi, grads, state))
             phi, state = engine.rule.step(phi, grads, state)
-        ctx.engine, ctx.tape, ctx.batch = engine, tape, batch
+            if want:
+                # Not the tape's own tensor: an output that its own node keeps is never freed.
+                found.append(phi.detach())
+        ctx.engine, ctx.inner, ctx.tape = engine, inner, tape
+        ctx.set_materialize_grads(False)
         # Saved, not just kept: autograd then refuses a backward after any of them was changed in place.
         ctx.save_for_backward(x, y, theta, *psi)
-        return phi
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         engine: AdjointEngine = ctx.engine
-        x, y, _, *psi = ctx.saved_tensors
+        inner: _Loop = ctx.inner
+        x, y, theta, *psi = ctx.saved_tensors
         d_psi = [torch.zeros_like(p) for p in psi]
+        lam: Tensor | None = None  # none yet, or none beyond a cut
         lam_state: Cotangents = ()
+        coming = reversed(cotangents)
         for k, (phi, grads, state) in reversed(list(enumerate(ctx.tape))):
+            if inner.wanted[k] and (own := next(coming)) is not None:
+                lam = own if lam is None else lam + own
+            if lam is None:
+                continue
             lam_phi, lam_g, lam_state = _rule_vjp(engine.rule, (phi, grads, state), lam, lam_state, d_psi)
-            support = support_of(x, y, k, ctx.batch, dim=1)
-            lam = lam_phi if engine.first_order else lam_phi + engine.hvp(phi, *support, lam_g)
-        if ctx.tape:
-            lam = lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)
-        return None, None, None, None, None, lam.sum(0), *d_psi
+            if inner.cut(k):
+                lam, lam_state = None, ()
+            elif engine.first_order:
+                lam = lam_phi
+            else:
+                lam = lam_phi + engine.hvp(phi, *support_of(x, y, k, inner.batch, dim=1), lam_g)
+        d_theta = torch.zeros_like(theta)
+        if lam is not None:
+            d_theta = (lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)).sum(0)
+        return None, None, None, None, d_theta, *d_psi
 
 
 class _Forward(torch.autograd.Function):

@@ -25,19 +25,31 @@ class LoopEngine:
         self.first_order = first_order
 
     def inner_loop(
-        self, theta: Tensor, support_x: Tensor, support_y: Tensor, steps: int, batch: int | None = None
+        self,
+        theta: Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        steps: int,
+        batch: int | None = None,
+        truncate: int | None = None,
     ) -> Tensor:
         """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
         if steps == 0:
             return theta.expand(support_x.shape[0], -1)
-        return self.path(theta, support_x, support_y, [True] * steps, batch)[-1]
+        return self.path(theta, support_x, support_y, [True] * steps, batch, truncate)[-1]
 
     def path(
-        self, theta: Tensor, support_x: Tensor, support_y: Tensor, wanted: Sequence[bool], batch: int | None = None
+        self,
+        theta: Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        wanted: Sequence[bool],
+        batch: int | None = None,
+        truncate: int | None = None,
     ) -> list[Tensor]:
         """phi_1..phi_K, all of them: what is random in a model must lead to phi_K by way of the others."""
         with self.task.policy():
-            tasks = [self._adapt(theta, x, y, len(wanted), batch) for x, y in zip(support_x, support_y)]
+            tasks = [self._adapt(theta, x, y, len(wanted), batch, truncate) for x, y in zip(support_x, support_y)]
         return [torch.cat(step) for step in zip(*tasks)]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
@@ -46,12 +58,16 @@ class LoopEngine:
         with self.task.policy():
             return torch.stack([self.task.forward(split(p), constants, v) for p, v in zip(phi, x)])
 
-    def _adapt(self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None) -> list[Tensor]:
+    def _adapt(
+        self, theta: Tensor, x: Tensor, y: Tensor, steps: int, batch: int | None, truncate: int | None
+    ) -> list[Tensor]:
         """(1, P) parameters after each step of one task with support x (Ns, ...), y (Ns, ...)."""
         phi = theta.unsqueeze(0)
         path = []
         state = self.rule.init(phi)
         for k in range(steps):
+            if truncate is not None and k > 0 and k % truncate == 0:
+                phi, state = phi.detach(), tuple(s.detach() for s in state)
             second_order = torch.is_grad_enabled() and not self.first_order
             with torch.enable_grad():
                 # Without a graph to build on (no_grad, or frozen parameters) the step still needs its own gradient.

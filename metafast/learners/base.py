@@ -41,6 +41,14 @@ class GradientLearner(nn.Module):
             (Antoniou et al. 2019, arXiv:1810.09502); may be set anew between calls, as it anneals them.
         support_batch: samples of the support set that an inner step sees: step k the k-th so many, round and round;
             a divisor of the support set's size. None: all of them.
+        truncate: n, at least 1: backpropagation is cut every n steps, as in truncated backpropagation through time.
+            With cut(.) the identity whose derivative is 0,
+
+                phi_{k+1}, s_{k+1} = U(c(phi_k), grad L_support(c(phi_k)), c(s_k); psi)
+
+            where c = cut for k = n, 2n, ... and the identity for other k. A query loss after step k so reaches the
+            steps back to the last multiple of n below k, and theta only if k <= n: without ``query_weights`` and with
+            K > n the meta-gradient of theta is 0. None: no cut.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, named; a model without trainable parameters.
@@ -57,6 +65,7 @@ class GradientLearner(nn.Module):
         batch_norm: str = "batch",
         query_weights: Sequence[float] | None = None,
         support_batch: int | None = None,
+        truncate: int | None = None,
     ) -> None:
         super().__init__()
         self.model = _check.module("model", model)
@@ -70,6 +79,7 @@ class GradientLearner(nn.Module):
         self._engines = EngineChoice(self._task, rule, first_order)
         self.query_weights = query_weights
         self.support_batch = support_batch
+        self.truncate = truncate
 
     @property
     def query_weights(self) -> tuple[float, ...] | None:
@@ -93,6 +103,15 @@ class GradientLearner(nn.Module):
     @support_batch.setter
     def support_batch(self, batch: int | None) -> None:
         self._support_batch = None if batch is None else _check.integer("support_batch", batch, minimum=1)
+
+    @property
+    def truncate(self) -> int | None:
+        """Steps between the cuts of backpropagation; None: no cut."""
+        return self._truncate
+
+    @truncate.setter
+    def truncate(self, steps: int | None) -> None:
+        self._truncate = None if steps is None else _check.integer("truncate", steps, minimum=1)
 
     def _check_query_weights(self) -> None:
         """Again before use, since the number of steps may have been set anew."""
@@ -163,7 +182,7 @@ class GradientLearner(nn.Module):
 
     def clone(self) -> TaskLearner:
         """One task by hand: ``learner.adapt(loss_fn(learner(x), y))`` steps, ``.backward()`` reaches this learner."""
-        return TaskLearner(self._task, self.rule, self._theta(), self.first_order)
+        return TaskLearner(self._task, self.rule, self._theta(), self.first_order, self.truncate)
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, loss={self._task.loss.name}, first_order={self.first_order}"
@@ -176,7 +195,7 @@ class GradientLearner(nn.Module):
         return self._engines(x, y)
 
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
-        return self._engine(x, y).inner_loop(self._theta(), x, y, steps, self.support_batch)
+        return self._engine(x, y).inner_loop(self._theta(), x, y, steps, self.support_batch, self.truncate)
 
     def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
@@ -188,9 +207,9 @@ class GradientLearner(nn.Module):
             return self._task.loss.per_task(logits, episodes.query_y), logits
 
         if weights is None:
-            return judged(engine.inner_loop(self._theta(), x, y, self.steps, self.support_batch))
+            return judged(engine.inner_loop(self._theta(), x, y, self.steps, self.support_batch, self.truncate))
         wanted = [*(weight != 0 for weight in weights[:-1]), True]  # the last for its logits
-        path = engine.path(self._theta(), x, y, wanted, self.support_batch)
+        path = engine.path(self._theta(), x, y, wanted, self.support_batch, self.truncate)
         parts = [(weight, *judged(phi)) for weight, phi in zip(weights, path) if phi is not None]
         return torch.stack([weight * losses for weight, losses, _ in parts]).sum(0), parts[-1][2]
 
@@ -207,7 +226,14 @@ class GradientLearner(nn.Module):
         if rates is None:
             return None
         return Inner(
-            self.steps, rates, self.first_order, self.support_batch, self.query_weights, self.learn_init, optimizer
+            self.steps,
+            rates,
+            self.first_order,
+            self.support_batch,
+            self.query_weights,
+            self.truncate,
+            self.learn_init,
+            optimizer,
         )
 
     def _check(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:

@@ -26,13 +26,20 @@ class TaskLearner:
     """
 
     def __init__(
-        self, task: TaskModel, rule: UpdateRule, phi: Tensor, first_order: bool, state: State | None = None
+        self,
+        task: TaskModel,
+        rule: UpdateRule,
+        phi: Tensor,
+        first_order: bool,
+        truncate: int | None = None,
+        taken: tuple[int, State] | None = None,
     ) -> None:
         self._task = task
         self._rule = rule
         self._phi = phi
         self._first_order = first_order
-        self._state = rule.init(phi.unsqueeze(0)) if state is None else state
+        self._truncate = truncate
+        self._step, self._state = (0, rule.init(phi.unsqueeze(0))) if taken is None else taken
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs (N, ...) of the model as adapted so far, for x (N, ...)."""
@@ -58,12 +65,17 @@ class TaskLearner:
             )
         if grads is None:
             raise ValueError("loss: expected a loss of this learner's outputs; it does not depend on its parameters")
+        if self._truncate is not None and self._step > 0 and self._step % self._truncate == 0:
+            self._phi, grads = self._phi.detach().requires_grad_(), grads.detach()
+            self._state = tuple(s.detach() for s in self._state)
         phi, self._state = self._rule.step(self._phi.unsqueeze(0), grads.unsqueeze(0), self._state)
         self._phi = phi.squeeze(0)
+        self._step += 1
 
     def clone(self) -> TaskLearner:
         """A second learner that goes on from here, on the same graph."""
-        return TaskLearner(self._task, self._rule, self._phi, self._first_order, self._state)
+        taken = self._step, self._state
+        return TaskLearner(self._task, self._rule, self._phi, self._first_order, self._truncate, taken)
 
     @property
     def parameters(self) -> dict[str, Tensor]:

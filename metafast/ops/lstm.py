@@ -24,7 +24,7 @@ _LIBRARY.define(
 MOST_LAYERS = 8  # of the kernels, csrc/lstm.h
 
 
-def _preprocess(grads: Tensor, p: float) -> Tensor:
+def preprocess(grads: Tensor, p: float) -> Tensor:
     """(N, 2) inputs of the LSTM for gradients (N,); both branches stay finite, also their derivatives."""
     size = grads.abs()
     large = size >= math.exp(-p)
@@ -112,7 +112,7 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
 
 def _twin(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tuple[Tensor, Tensor]:
     """The operator in PyTorch's own operations."""
-    z = _preprocess(grads, p)
+    z = preprocess(grads, p)
     carried = []
     for layer in range(state.shape[0]):
         w_input, w_hidden, bias = weights[3 * layer : 3 * layer + 3]

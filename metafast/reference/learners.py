@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metafast.coordinatewise import CoordinatewiseOptimizer
 from metafast.engine.batch_norm import check_policy, policy
 from metafast.episodes import Episodes, Outcome, outcome
 from metafast.losses import Loss, LossSpec, resolve_loss
 from metafast.lstm import LSTMOptimizer
-from metafast.reference.lstm import lstm_step
+from metafast.mlp_optimizer import MLPOptimizer
+from metafast.reference.lstm import lstm_step, mlp_step
 
 Parameters = dict[str, Tensor]
 Gradient = Callable[[Parameters, int], Parameters]  # of the support loss that step k sees
@@ -45,14 +47,13 @@ def maml(
         >>> maml(model, episodes, lr=0.01, steps=2, loss="mse").loss.backward()
     """
 
-    def moves(name: str) -> bool:
-        return adapts is None or any(name == a or name.startswith(f"{a}.") for a in adapts)
-
     def adapt(params: Parameters, gradient: Gradient) -> list[Parameters]:
         path = [params]
         for k in range(steps):
             grads = gradient(params, k)
-            params = {name: value - lr * grads[name] if moves(name) else value for name, value in params.items()}
+            params = {
+                name: value - lr * grads[name] if _moves(name, adapts) else value for name, value in params.items()
+            }
             path.append(params)
         return path
 
@@ -63,33 +64,71 @@ def maml(
 
 def lomaml(
     model: nn.Module,
-    optimizer: LSTMOptimizer,
+    optimizer: CoordinatewiseOptimizer,
     episodes: Episodes,
     *,
     lr: float,
     steps: int,
     loss: LossSpec = "cross_entropy",
     first_order: bool = False,
+    learn_init: bool = True,
     weights: Tensor | None = None,
     batch_norm: str = "batch",
+    adapts: Sequence[str] | None = None,
+    query_weights: Sequence[float] | None = None,
+    support_batch: int | None = None,
+    truncate: int | None = None,
 ) -> Outcome:
-    """LOMAML: MAML's loop with the learned LSTM's output for the gradient; arguments as :class:`metafast.LOMAML`."""
-    psi = list(optimizer.weights)
+    """LOMAML: MAML's loop with the learned optimiser's output for the gradient; arguments as in LOMAML itself."""
+    initial, step = _plain_optimizer(optimizer)
 
     def adapt(params: Parameters, gradient: Gradient) -> list[Parameters]:
-        states = {name: optimizer.init(value.numel()) for name, value in params.items()}
+        if not learn_init:
+            params = {name: value.detach().requires_grad_() for name, value in params.items()}
+        states = {name: initial(value.numel()) for name, value in params.items()}
         path = [params]
         for k in range(steps):
+            if truncate is not None and k > 0 and k % truncate == 0:
+                params = {name: value.detach().requires_grad_() for name, value in params.items()}
+                states = {name: state.detach() for name, state in states.items()}
             grads = gradient(params, k)
-            stepped = {}
+            stepped = dict(params)
             for name, value in params.items():
-                update, states[name] = lstm_step(grads[name].reshape(-1), states[name], psi, optimizer.p)
-                stepped[name] = value - lr * update.reshape(value.shape)
+                if _moves(name, adapts):
+                    update, states[name] = step(grads[name].reshape(-1), states[name])
+                    stepped[name] = value - lr * update.reshape(value.shape)
             params = stepped
             path.append(params)
         return path
 
-    return _over_tasks(model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm)
+    return _over_tasks(
+        model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch
+    )
+
+
+def _moves(name: str, adapts: Sequence[str] | None) -> bool:
+    return adapts is None or any(name == a or name.startswith(f"{a}.") for a in adapts)
+
+
+def _plain_optimizer(
+    optimizer: CoordinatewiseOptimizer,
+) -> tuple[Callable[[int], Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The state before the first step, and the step, by plain formulas."""
+    if isinstance(optimizer, LSTMOptimizer):
+        lstm, start = optimizer, optimizer.initial_state
+        psi = list(lstm.weights)
+
+        def initial(coordinates: int) -> Tensor:
+            if start is None:
+                return torch.zeros(lstm.layers, 2, coordinates, lstm.hidden, dtype=psi[0].dtype, device=psi[0].device)
+            return torch.stack([start] * coordinates, dim=2)
+
+        return initial, lambda grads, state: lstm_step(grads, state, psi, lstm.p)
+    if isinstance(optimizer, MLPOptimizer):
+        mlp = optimizer
+        layers = [(part.weight, part.bias) for part in (*mlp.net, mlp.output) if isinstance(part, nn.Linear)]
+        return mlp.init, lambda grads, state: mlp_step(grads, state, layers, mlp.momenta, mlp.p)
+    return optimizer.init, optimizer
 
 
 def protonets(
