@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_a_pulled_back_step_of_parts_is_that_of_autograd() -> None:
         adapted = learner.adapt(episodes.support_x, episodes.support_y).parameters["0.weight"].reshape(4, -1)
         assert torch.equal(adapted != model[0].weight.view(-1), moves[:66].expand(4, -1))
     assert found[0].any() and same(found[0], found[1])
+
+
+def test_the_steps_are_freed_with_the_outcome() -> None:
+    """At once, not by the garbage collector: nothing that the inner loop keeps refers to it."""
+    kept = []
+
+    class Watching(mf.LearnedRule):
+        def step(self, params, grads, state):
+            kept.extend(weakref.ref(t) for t in (params, grads, *state))
+            return super().step(params, grads, state)
+
+    learner = mf.GradientLearner(build("mlp"), Watching(make("lstm"), 0.1), steps=5, query_weights=QUERY_WEIGHTS)
+    out = learner(six_samples("mlp"))
+    assert len(kept) == 15 and all(ref() is not None for ref in kept)
+    del out
+    assert all(ref() is None for ref in kept)
 
 
 @pytest.mark.parametrize(
