@@ -10,8 +10,9 @@ as constants (first order), all as in the paper; but its psi is updated after 10
 optimiser sees gradients by the paper's log/sign preprocessing, which the paper left out here.
 
 100 unseen problems then. SGD, Nesterov's momentum 0.9, RMSProp and Adam (PyTorch's defaults otherwise) each get the
-rate of a grid that is best on these very test problems, the generous way; the learned optimiser has nothing to tune.
-Exits with 1 if one of them ends below it.
+rate of a grid that is best on these very test problems, the generous way (for gradients of mse; for those of f it is
+a tenth); the learned optimiser has nothing to tune and was never tried on them. Exits with 1 if one of them ends
+below it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 0.1,
     "problems": 100,
     "seed": 0,
+    "test_seed": 20161104,
     "threads": 1,
 }
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -122,7 +124,7 @@ def descend(make: Make, problems: mf.Episodes, start: Tensor) -> list[float]:
 
 def compare(learned: mf.CoordinatewiseOptimizer) -> dict[str, dict[str, Any]]:
     """Every optimiser's curve; the baselines' each at its best rate."""
-    generator = torch.Generator().manual_seed(SETTINGS["seed"] + 1000)
+    generator = torch.Generator().manual_seed(SETTINGS["test_seed"])
     problems = sample(SETTINGS["problems"], generator)
     start = SETTINGS["start"] * torch.randn(SETTINGS["problems"], SETTINGS["dimensions"], 1, generator=generator)
     curves = {"LSTM": {"lr": SETTINGS["lr"], "curve": descend(_stepping(learned), problems, start)}}
