@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,20 @@ from metafast.ops.lstm import MOST_LAYERS, lstm_vjp
 
 State = tuple[Tensor, ...]
 Cotangents = tuple[Tensor | None, ...]
+
+
+class PlainOptimizer(NamedTuple):
+    """A coordinatewise LSTM as the extension takes it.
+
+    Attributes:
+        weights: those of :class:`~metafast.LSTMOptimizer`, and after them its initial state if that is learned.
+        p: range of its preprocessing.
+        moves: (M,) indices of the parameters that it moves, ascending; None: all.
+    """
+
+    weights: tuple[Tensor, ...]
+    p: float
+    moves: Tensor | None
 
 
 class UpdateRule(nn.Module, ABC):
@@ -72,8 +87,8 @@ class UpdateRule(nn.Module, ABC):
         """
         return None
 
-    def plain_optimizer(self) -> LSTMOptimizer | None:
-        """O, if the rule is phi - rate O(g, s) with one rate for all; None for any other rule."""
+    def plain_optimizer(self) -> PlainOptimizer | None:
+        """O, if the rule is phi - rate O(g, s) with one rate for all that moves; None for any other rule."""
         return None
 
 
@@ -350,8 +365,15 @@ class LearnedRule(UpdateRule):
     def plain_rates(self, steps: int, dtype: torch.dtype) -> float | Tensor | None:
         return None if self.plain_optimizer() is None else self.lr
 
-    def plain_optimizer(self) -> LSTMOptimizer | None:
-        return self.optimizer if self._plain() and self.optimizer.layers <= MOST_LAYERS else None
+    def plain_optimizer(self) -> PlainOptimizer | None:
+        optimizer = self.optimizer
+        if not self._plain():
+            return None
+        assert isinstance(optimizer, LSTMOptimizer)
+        if optimizer.layers > MOST_LAYERS:
+            return None
+        start = () if optimizer.initial_state is None else (optimizer.initial_state,)
+        return PlainOptimizer((*optimizer.weights, *start), optimizer.p, self.index)
 
     def _plain(self) -> bool:
         """Whether the step is what this class and LSTMOptimizer say: no subclass, no hook, no weight used twice."""

@@ -21,7 +21,7 @@ from metafast.engine.lowering.lower import lower
 if TYPE_CHECKING:
     from metafast.engine.task_model import TaskModel
     from metafast.episodes import Episodes
-    from metafast.lstm import LSTMOptimizer
+    from metafast.rules import PlainOptimizer
 
 _DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 4
@@ -46,6 +46,7 @@ class Inner(NamedTuple):
         first_order: drop the Hessian term.
         batch: support samples of a step, None: all.
         query_weights: v_1..v_K of the query losses after each step, None: only the last counts.
+        truncate: steps between cuts of the adjoint, None: none.
         learn_init: whether the parameters get a gradient.
         optimizer: O of the steps phi - rate O(g, s), None: O(g) is g.
     """
@@ -55,8 +56,9 @@ class Inner(NamedTuple):
     first_order: bool
     batch: int | None
     query_weights: tuple[float, ...] | None
-    learn_init: bool = True
-    optimizer: LSTMOptimizer | None = None
+    truncate: int | None
+    learn_init: bool
+    optimizer: PlainOptimizer | None
 
 
 class NativeNetwork:
@@ -109,10 +111,10 @@ class NativeNetwork:
             inner.first_order,
             inner.batch or 0,
             inner.query_weights or (),
-            0,
-            () if optimizer is None else list(optimizer.weights),
+            inner.truncate or 0,
+            () if optimizer is None else optimizer.weights,
             0.0 if optimizer is None else optimizer.p,
-            None,
+            None if optimizer is None else optimizer.moves,
             weights,
         )
         return result

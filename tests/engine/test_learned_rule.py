@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
-from metafast.rules import LearnedRule
+from metafast.rules import LearnedRule, moving
 from tests.backends import native
 from tests.nets import build, episodes_for, gradient, relative_error
 
@@ -28,17 +28,13 @@ class Stepwise(LearnedRule):
     """A subclass could step otherwise, so it goes step by step, by another path than the one call."""
 
 
-def optimizer_of(hidden: int = 5, layers: int = 2, seed: int = 0) -> mf.LSTMOptimizer:
-    torch.manual_seed(seed)
-    optimizer = mf.LSTMOptimizer(hidden, layers).double()
+def optimizer_of(hidden: int = 5, layers: int = 2, learn_state: bool = False) -> mf.LSTMOptimizer:
+    torch.manual_seed(0)
+    optimizer = mf.LSTMOptimizer(hidden, layers, learn_state=learn_state).double()
     with torch.no_grad():
-        for w in optimizer.weights:
+        for w in optimizer.parameters():
             w.add_(0.2 * torch.randn_like(w))
     return optimizer
-
-
-def learner_of(rule: type[LearnedRule], model: nn.Module, optimizer: mf.LSTMOptimizer, **options: object) -> nn.Module:
-    return mf.GradientLearner(model, rule(optimizer, 0.3), steps=3, **options)
 
 
 def is_one_call(learner: mf.GradientLearner, episodes: mf.Episodes) -> bool:
@@ -46,27 +42,38 @@ def is_one_call(learner: mf.GradientLearner, episodes: mf.Episodes) -> bool:
     return network is not None and learner._fused(episodes, None) is not None
 
 
-OPTIONS = list(itertools.product((False, True), (None, (0.3, 0.0, 1.7)), (None, 3), (False, True)))
+OPTIONS = list(itertools.product((False, True), (None, (0.3, 0.0, 1.7)), (None, 3), (None, 1, 2)))
 
 
 @native
-@pytest.mark.parametrize(("first_order", "query_weights", "batch", "learn_init"), OPTIONS)
-@pytest.mark.parametrize("name", ["mlp", "conv4"])
+@pytest.mark.parametrize(("first_order", "query_weights", "batch", "truncate"), OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "learn_init", "learn_state", "adapts"),
+    [
+        ("mlp", True, False, None),
+        ("mlp", False, True, ["2", "4.bias"]),
+        ("conv4", True, True, ["head"]),
+    ],
+)
 def test_options(
-    name: str, first_order: bool, query_weights: tuple | None, batch: int | None, learn_init: bool
+    name: str,
+    learn_init: bool,
+    learn_state: bool,
+    adapts: list[str] | None,
+    first_order: bool,
+    query_weights: tuple | None,
+    batch: int | None,
+    truncate: int | None,
 ) -> None:
+    """Both doors, against the path step by step and the reference."""
     model, episodes, weights = build(name), episodes_for(name), torch.rand(4, dtype=torch.float64)
-    optimizer = optimizer_of()
+    optimizer = optimizer_of(learn_state=learn_state)
+    moves = None if adapts is None else moving(model, adapts)
+    options = {"query_weights": query_weights, "support_batch": batch, "truncate": truncate}
     found: list[list[Tensor]] = []
     for rule in (Stepwise, LearnedRule):
-        learner = learner_of(
-            rule,
-            model,
-            optimizer,
-            first_order=first_order,
-            query_weights=query_weights,
-            support_batch=batch,
-            learn_init=learn_init,
+        learner = mf.GradientLearner(
+            model, rule(optimizer, 0.3, moves), 3, first_order=first_order, learn_init=learn_init, **options
         )
         assert is_one_call(learner, episodes) == (rule is LearnedRule)
         for accumulate in (False, True):
@@ -78,9 +85,41 @@ def test_options(
                 out.loss.backward()
             assert learn_init == (next(iter(model.parameters())).grad is not None)
             found.append([gradient(learner), out.losses, out.logits, out.loss])
-    for one in found[1:]:
-        for mine, wanted in zip(one, found[0]):
+    learner.zero_grad()
+    out = mf.reference.lomaml(
+        model,
+        optimizer,
+        episodes,
+        lr=0.3,
+        steps=3,
+        first_order=first_order,
+        learn_init=learn_init,
+        weights=weights,
+        adapts=adapts,
+        **options,
+    )
+    out.loss.backward()
+    for one in found:
+        for mine, wanted in zip(one, [gradient(learner), out.losses, out.logits, out.loss]):
             assert relative_error(mine, wanted) <= BAR
+
+
+@native
+@pytest.mark.parametrize("truncate", [1, 2])
+def test_truncation_of_plain_steps(truncate: int) -> None:
+    model, episodes = build("mlp"), episodes_for("mlp")
+
+    class Same(mf.SGD):
+        """A subclass could step otherwise, so it goes step by step."""
+
+    found = []
+    for rule in (Same(0.2), mf.SGD(0.2)):
+        learner = mf.GradientLearner(model, rule, 4, query_weights=(1.0, 0.5, 0.0, 2.0), truncate=truncate)
+        learner.zero_grad()
+        assert is_one_call(learner, episodes) == (type(rule) is mf.SGD)
+        learner.accumulate_grad(episodes)
+        found.append(gradient(model))
+    assert relative_error(found[1], found[0]) <= BAR
 
 
 @native
@@ -151,7 +190,7 @@ def test_frozen_parameters_stay_and_a_frozen_optimizer_gets_no_gradient() -> Non
     optimizer.requires_grad_(False)
     found = []
     for rule in (Stepwise, LearnedRule):
-        learner = learner_of(rule, model, optimizer)
+        learner = mf.GradientLearner(model, rule(optimizer, 0.3), steps=3)
         learner.zero_grad()
         learner.accumulate_grad(episodes)
         assert all(p.grad is None for p in (*model[0].parameters(), *optimizer.parameters()))
