@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ $(VENV)/environment: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/extension: $(VENV)/environment setup.py $(NATIVE)
-	$(PIP) install --no-build-isolation --no-deps -e .
+	METAFAST_SIMT=1 $(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
 build: $(VENV)/extension
@@ -58,14 +58,14 @@ isas: build
 SANITIZED := build/sanitized
 sanitize: build
 	rm -rf $(SANITIZED)
-	METAFAST_SANITIZE=address,undefined CXXFLAGS=-O1 $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
+	METAFAST_SIMT=1 METAFAST_SANITIZE=address,undefined CXXFLAGS=-O1 $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
 	cp -r tests $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(abspath $(BIN))/python -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir . tests/engine tests/ops
 
 # What includes no torch, which has no headers for it here.
 aarch64:
-	for file in $$(ls csrc/engine/*.cpp csrc/cpu/*.cpp | grep -v -e _avx); do \
+	for file in $$(ls csrc/engine/*.cpp csrc/cpu/*.cpp csrc/simt/*.cpp | grep -v -e _avx); do \
 	  aarch64-linux-gnu-g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror \
 	    -c -o /dev/null $$file || exit 1; \
 	done

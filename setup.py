@@ -4,15 +4,17 @@ What is built is decided once, by :func:`decide`, and never silently: the decisi
 into the extension itself, and ``metafast info`` prints it.
 
 - The extension: on Linux with a C++ compiler, unless METAFAST_NO_EXTENSION=1.
+- The backend simt, the CUDA kernels on the emulator of csrc/simt, for tests: where METAFAST_SIMT=1.
 - Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH, else pip's
   nvidia-cuda-nvcc beside torch).
 
 Sources are found by name: csrc/**/*.cpp, and csrc/**/*.cu for CUDA. Files ending in _avx2.cpp or _avx512.cpp are for
-x86-64 and get that instruction set's flags; no other flag depends on the machine that builds. torch's BuildExtension
+x86-64 and get that instruction set's flags; csrc/simt/*.cpp, and csrc/**/*.cu once more by the C++ compiler, are for
+simt; no other flag depends on the machine that builds. torch's BuildExtension
 has one set of flags for all files, so the ninja file is written here.
 
-Environment: METAFAST_NO_EXTENSION=1, METAFAST_SANITIZE=address,undefined, CXX, CXXFLAGS (appended), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST (as torch has it, "8.0;9.0+PTX"), MAX_JOBS.
+Environment: METAFAST_NO_EXTENSION=1, METAFAST_SIMT=1, METAFAST_SANITIZE=address,undefined, CXX, CXXFLAGS (appended),
+CUDA_HOME, TORCH_CUDA_ARCH_LIST (as torch has it, "8.0;9.0+PTX"), MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ STANDARD = ["-std=c++20", "-O3"]
 # Fused multiply-adds, and square roots without errno: what the kernels are written for. Nothing else of fast-math.
 ARITHMETIC = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+# A kernel on the emulator: its <cuda_runtime.h>, and without a sanitizer its watch over every access to memory, by the
+# calls that ThreadSanitizer's flag inserts (csrc/simt/accesses.h).
+SIMT = ["-x", "c++", f"-I{CSRC / 'simt'}", "-O1", "-Wno-unknown-pragmas"]
+SIMT_WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 SANITIZERS = ("address", "undefined", "leak", "thread")
 
 
@@ -61,6 +67,7 @@ class Decision:
     compiler: str = ""
     isas: list[str] = field(default_factory=list)
     sanitizers: list[str] = field(default_factory=list)
+    simt: bool = False
     cuda: str = ""  # nvcc's version; empty: no CUDA part
     cuda_reason: str = ""  # why there is no CUDA part
     cuda_archs: list[str] = field(default_factory=list)
@@ -80,7 +87,7 @@ class Tools:
 def decide() -> tuple[Decision, Tools]:
     """Look at the environment; starts the compilers only to ask for their versions."""
     decision, tools = Decision(), Tools()
-    if os.environ.get("METAFAST_NO_EXTENSION", "0") not in ("", "0"):
+    if switched_on("METAFAST_NO_EXTENSION"):
         decision.reason = "METAFAST_NO_EXTENSION was set"
     elif sys.platform != "linux":
         decision.reason = f"built on {sys.platform}: the extension is for Linux"
@@ -98,6 +105,9 @@ def decide() -> tuple[Decision, Tools]:
     decision.compiler = output_of([*tools.cxx, "--version"]).splitlines()[0]
     decision.isas = ["baseline", *(X86_ISAS if decision.machine == "x86_64" else ())]
     decision.sanitizers = sanitizers()
+    decision.simt = switched_on("METAFAST_SIMT")
+    if decision.simt and "thread" in decision.sanitizers:
+        raise SystemExit("METAFAST_SIMT: the emulator's fibres do not run under METAFAST_SANITIZE=thread")
     packages = Path(torch.__file__).parents[1]
     tools.cuda_home, decision.cuda, decision.cuda_reason = find_cuda(torch.version.cuda, packages)
     if decision.cuda:
@@ -105,6 +115,10 @@ def decide() -> tuple[Decision, Tools]:
             [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         )
     return decision, tools
+
+
+def switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
 def find_cxx() -> list[str]:
@@ -205,6 +219,8 @@ def isa_of(source: Path) -> str | None:
 
 def sources(decision: Decision) -> list[Path]:
     cpp = [s for s in sorted(CSRC.rglob("*.cpp")) if isa_of(s) in (None, *decision.isas)]
+    if not decision.simt:
+        cpp = [s for s in cpp if s.parent != CSRC / "simt"]
     return cpp + (sorted(CSRC.rglob("*.cu")) if decision.cuda else [])
 
 
@@ -229,6 +245,8 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
         instrument = [f"-fsanitize={','.join(decision.sanitizers)}", "-fno-sanitize-recover=all", "-g"]
         instrument += ["-fno-omit-frame-pointer"]
     cxx = [*STANDARD, *ARITHMETIC, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument, f"-I{folder}"]
+    if decision.simt:
+        cxx.append("-DMETAFAST_WITH_SIMT")
     if tools.cuda_home is not None:
         cxx.append("-DMETAFAST_WITH_CUDA")
         system += cuda_headers(tools.cuda_home)
@@ -254,6 +272,10 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
             isa = isa_of(source)
             variables = {"flags": f"$flags {shlex.join(X86_ISAS[isa])}"} if isa else None
             ninja.build(objects[-1], "nvcc" if source.suffix == ".cu" else "cxx", str(source), variables=variables)
+        for source in sorted(CSRC.rglob("*.cu")) if decision.simt else ():
+            objects.append(str(folder / f"{source.relative_to(CSRC)}.simt.o"))
+            flags = SIMT if decision.sanitizers else [*SIMT, *SIMT_WATCHED]
+            ninja.build(objects[-1], "cxx", str(source), variables={"flags": f"$flags {shlex.join(flags)}"})
         ninja.build(str(target), "link", objects)
 
 
@@ -263,7 +285,12 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
-        parts = (f"cp{sys.version_info.major}{sys.version_info.minor}", DECISION.torch, *DECISION.sanitizers)
+        parts = (
+            f"cp{sys.version_info.major}{sys.version_info.minor}",
+            DECISION.torch,
+            *["simt"] * DECISION.simt,
+            *DECISION.sanitizers,
+        )
         folder = ROOT / "build" / "-".join(("native", *parts))
         target = folder / "_C.so"
         write_ninja(DECISION, TOOLS, folder, target)

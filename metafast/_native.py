@@ -43,6 +43,7 @@ class BuildInfo:
     compiler: str
     isas: tuple[str, ...]
     sanitizers: tuple[str, ...]
+    simt: bool
     cuda: str
     cuda_reason: str
     cuda_archs: tuple[str, ...]
@@ -65,7 +66,7 @@ class Status:
         available: it is loaded.
         reason: why not; empty if it is.
         build: what was built, None where nothing ever was.
-        backends: devices that it has kernels for, of ``"cpu"`` and ``"cuda"``.
+        backends: those that it has kernels for, of ``"cpu"``, ``"simt"`` and ``"cuda"``.
         isas: CPU instruction sets of the build that this machine runs, ascending.
         isa: the one in use; empty without the extension.
     """
@@ -133,14 +134,32 @@ def status() -> Status:
     """What was built and loaded, and why not."""
     if _module is None or _built is None:
         return Status(False, _reason, _built, (), (), "")
-    backends = ("cpu", "cuda") if _built.cuda else ("cpu",)
+    backends = ("cpu", *["simt"] * _built.simt, *["cuda"] * bool(_built.cuda))
     return Status(True, "", _built, backends, tuple(_module.isas()), _module.isa())
 
 
 _BACKENDS = status().backends
 
 
-def runs(name: str, *tensors: Tensor) -> bool:
+def missing(backend: str) -> str:
+    """Why there are no kernels for a backend or device; empty if there are."""
+    if backend in _BACKENDS:
+        return ""
+    if _module is None or _built is None:
+        return _reason
+    return "the extension was built without METAFAST_SIMT=1" if backend == "simt" else _built.cuda_reason
+
+
+def force_simt(on: bool) -> None:
+    """CPU tensors go to the emulated CUDA kernels, or no longer."""
+    if "simt" in _BACKENDS and _module is not None:
+        _module.force_simt(on)
+
+
+force_simt(current_backend() == "simt")
+
+
+def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...]) -> bool:
     """Whether an operator's kernels run on these tensors; if not, its PyTorch twin does.
 
     ``auto`` takes the kernels for float32 and float64 on the devices of the build. It leaves to the twin what
@@ -150,6 +169,7 @@ def runs(name: str, *tensors: Tensor) -> bool:
     Args:
         name: of the first tensor, for the message.
         tensors: those that the operator gets, of one device and dtype.
+        kernels: the backends that the operator has kernels for.
 
     Raises:
         ValueError: a native backend is forced that cannot run this: it never falls back.
@@ -157,21 +177,24 @@ def runs(name: str, *tensors: Tensor) -> bool:
     backend = current_backend()
     if backend == "torch":
         return False
-    obstacle = _obstacle(tensors)
+    device = tensors[0].device.type
+    obstacle = _obstacle(tensors, device if backend == "auto" else backend, kernels)
     if backend == "auto":
         return obstacle is None
-    if tensors[0].device.type != backend:
+    if device != ("cpu" if backend == "simt" else backend):
         raise ValueError(f"{name}: backend {backend!r} is forced, got {_check.describe(tensors[0])}")
     if obstacle is not None:
         raise ValueError(f"{name}: backend {backend!r} is forced, but {obstacle}")
     return True
 
 
-def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the kernels cannot take an operator call, None if they can."""
+def _obstacle(tensors: tuple[Tensor, ...], backend: str, kernels: tuple[str, ...]) -> str | None:
+    """Why a backend's kernels cannot take an operator call, None if they can."""
     first = tensors[0]
-    if first.device.type not in _BACKENDS:
-        return f"there are no kernels for {first.device.type}: {_reason or (_built and _built.cuda_reason)}"
+    if backend not in _BACKENDS:
+        return f"there are no kernels for {backend}: {missing(backend)}"
+    if backend not in kernels:
+        return f"this operator has no kernels for {backend}"
     if first.dtype not in _DTYPES:
         return f"the kernels take float32 and float64, got {_check.describe(first)}"
     if _differentiated(tensors):

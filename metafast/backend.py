@@ -1,7 +1,8 @@
 """Which backend runs, and how to force one.
 
 ``auto`` (the default) takes the native kernels where they exist and ``torch`` for the rest. The environment variable
-METAFAST_BACKEND sets the process's choice; :func:`use_backend` changes it.
+METAFAST_BACKEND sets the process's choice; :func:`use_backend` changes it. ``simt`` is for tests: the CUDA kernels on
+an emulator, on CPU tensors, in builds with METAFAST_SIMT=1.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _current
         _check.choice("name", name, BACKENDS)
         _require(name)
-        self._before, _current = _current, name
+        self._before = _current
+        _switch(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -54,8 +55,15 @@ class use_backend:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _current
-        _current = self._before
+        _switch(self._before)
+
+
+def _switch(name: str) -> None:
+    global _current
+    from metafast import _native
+
+    _current = name
+    _native.force_simt(name == "simt")
 
 
 def _require(name: str) -> None:

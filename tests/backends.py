@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -17,21 +17,13 @@ import metafast as mf
 from metafast import _native
 
 
-def _missing(backend: str) -> str:
-    """Why this build has no kernels of a backend; empty if it has."""
-    status = _native.status()
-    if backend in status.backends:
-        return ""
-    return status.reason or (status.build.cuda_reason if status.build else "")
-
-
 def _kernels(backend: str) -> list[pytest.MarkDecorator]:
-    reason = f"no {backend} kernels: {_missing(backend)}"
-    return [pytest.mark.native, pytest.mark.skipif(bool(_missing(backend)), reason=reason)]
+    reason = f"no {backend} kernels: {_native.missing(backend)}"
+    return [pytest.mark.native, pytest.mark.skipif(bool(_native.missing(backend)), reason=reason)]
 
 
-# The twin, the CPU's kernels, and the GPU's where there is one.
-_NATIVE = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# The twin, the CPU's kernels, and the GPU's: emulated, and on one where it is there.
+_NATIVE = ["cpu", "simt", *(["cuda"] if torch.cuda.is_available() else [])]
 LEARNER_BACKENDS = ["torch", pytest.param("cpu", marks=_kernels("cpu"))]
 on_backends = pytest.mark.parametrize(
     "backend", ["torch", *(pytest.param(name, marks=_kernels(name)) for name in _NATIVE)]
@@ -61,6 +53,31 @@ def learners_on(backend: str, *, lowered: bool = True) -> Iterator[None]:
 
 def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
+
+
+Result = TypeVar("Result", Tensor, list[Tensor])
+
+
+def in_every_order(backend: str, work: Callable[[], Result]) -> Result:
+    """What ``work`` computes; on simt, with the same bits in each order of threads and blocks."""
+    if backend != "simt":
+        return work()
+    module: Any = _native.native()
+    results = []
+    try:
+        for order in range(module.SIMT_ORDERS):
+            module.simt_order(order)
+            results.append(work())
+    finally:
+        module.simt_order(0)
+    for order, result in enumerate(results):
+        assert _bits(result) == _bits(results[0]), f"order {order} of threads and blocks differs from order 0"
+    return results[0]
+
+
+def _bits(result: Tensor | list[Tensor]) -> list[bytes]:
+    tensors = [result] if isinstance(result, Tensor) else result
+    return [t.detach().contiguous().numpy().tobytes() for t in tensors]
 
 
 @contextmanager

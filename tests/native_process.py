@@ -62,6 +62,7 @@ def after_import(package: str) -> dict[str, Any]:
         # The product rounds to 1: all 0. With fused multiply-add instructions its rounding error is left over.
         "residual": attempt(lambda: set(*update(torch.float32, 1 - tiny, 1 + tiny)) != {0.0}),
         "meta_step": attempt(meta_step),
+        "simt_blocks": getattr(_native.native(), "simt_blocks", int)(),
     }
 
 

@@ -35,7 +35,15 @@ setup = load_setup()
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("METAFAST_NO_EXTENSION", "METAFAST_SANITIZE", "CXX", "CXXFLAGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+    for name in (
+        "METAFAST_NO_EXTENSION",
+        "METAFAST_SIMT",
+        "METAFAST_SANITIZE",
+        "CXX",
+        "CXXFLAGS",
+        "CUDA_HOME",
+        "TORCH_CUDA_ARCH_LIST",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -90,6 +98,10 @@ def test_sanitizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAFAST_SANITIZE", "adress")
     with pytest.raises(SystemExit, match="^METAFAST_SANITIZE: expected some of address, .*, got 'adress'"):
         setup.sanitizers()
+    monkeypatch.setenv("METAFAST_SANITIZE", "thread")
+    monkeypatch.setenv("METAFAST_SIMT", "1")
+    with pytest.raises(SystemExit, match="^METAFAST_SIMT: the emulator's fibres do not run under"):
+        setup.decide()
 
 
 def test_cuda_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +170,11 @@ def test_layouts_of_a_toolkit(tmp_path: Path, headers: str, library: str, name: 
 def test_sources_and_their_instruction_sets() -> None:
     assert setup.isa_of(Path("cpu/x_avx512.cpp")) == "avx512" and setup.isa_of(Path("cpu/x_avx2.cpp")) == "avx2"
     assert setup.isa_of(Path("cpu/x_baseline.cpp")) is None and setup.isa_of(Path("cpu/avx2.cpp")) is None
-    everything = setup.sources(setup.Decision(isas=["baseline", "avx2", "avx512"], cuda="13.0"))
+    everything = setup.sources(setup.Decision(isas=["baseline", "avx2", "avx512"], cuda="13.0", simt=True))
     assert set(everything) == {*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")}
     portable = setup.sources(setup.Decision(machine="aarch64", isas=["baseline"]))
     assert portable and not [s for s in portable if s.suffix != ".cpp" or "_avx" in s.name]
+    assert not [s for s in portable if s.parent.name == "simt"]  # the emulator is not for shipping
     # A kernel for one instruction set is there for all.
     for source in CSRC.rglob("*_baseline.cpp"):
         for isa in setup.X86_ISAS:
@@ -196,6 +209,20 @@ def test_flags_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         machine = {flag for flag in command if flag.startswith("-m")}
         isa = setup.isa_of(Path(file))
         assert machine == set(setup.X86_ISAS[isa] if isa else ())
+
+
+@pytest.mark.parametrize("names", [[], ["address"]], ids=["watched", "address"])
+def test_flags_of_the_emulated_kernels(tmp_path: Path, names: list[str]) -> None:
+    decision = setup.Decision(extension=True, isas=["baseline"], simt=True, sanitizers=names)
+    setup.write_ninja(decision, setup.Tools(["c++"]), tmp_path, tmp_path / "_C.so")
+    compiled = commands(tmp_path)
+    kernels = {str(source) for source in CSRC.rglob("*.cu")}
+    assert kernels and kernels <= set(compiled)
+    for file, command in compiled.items():
+        assert "-DMETAFAST_WITH_SIMT" in command
+        assert (f"-I{CSRC}/simt" in command) == (file in kernels)
+        assert ("-fsanitize=thread" in command) == (file in kernels and not names)
+        assert ("-fsanitize=address" in command) == bool(names)
 
 
 def test_the_extension_knows_what_it_was_built_with(tmp_path: Path) -> None:

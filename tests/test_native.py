@@ -37,6 +37,7 @@ BUILT = _native.BuildInfo(
     compiler="",
     isas=ISAS,
     sanitizers=(),
+    simt=False,
     cuda="",
     cuda_reason="",
     cuda_archs=(),
@@ -90,6 +91,7 @@ SCENARIOS = {
     "backend torch": Scenario({"METAFAST_BACKEND": "torch"}, as_built=True),
     "backend cpu": Scenario({"METAFAST_BACKEND": "cpu"}, as_built=True),
     "backend cpu without extension": Scenario({"METAFAST_BACKEND": "cpu"}),
+    "backend simt": Scenario({"METAFAST_BACKEND": "simt"}, as_built=True),
     "backend unknown": Scenario({"METAFAST_BACKEND": "gpu"}),
 }
 
@@ -190,6 +192,17 @@ def test_a_forced_backend_never_falls_back(outcomes: dict[str, dict[str, Any]]) 
     forced = "ValueError: params: backend 'cpu' is forced, but the kernels take float32 and float64, got a float16 tens"
     assert outcome["torch.float16"].startswith(forced)
     assert outcome["torch.int32"].startswith("TypeError: params: expected a floating tensor")
+
+
+@needs_build
+def test_the_environment_forces_simt(outcomes: dict[str, dict[str, Any]]) -> None:
+    outcome = outcomes["backend simt"]
+    assert outcome["error"] == "" and outcome["backend"] == "simt"
+    if "simt" in _native.status().backends:
+        assert outcome["torch.float32"] == UPDATED and outcome["simt_blocks"] > 0
+    else:
+        wanted = "there are no kernels for simt: the extension was built without METAFAST_SIMT=1"
+        assert outcome["torch.float32"] == f"ValueError: params: backend 'simt' is forced, but {wanted}"
 
 
 def test_a_forced_backend_that_is_not_there(outcomes: dict[str, dict[str, Any]]) -> None:

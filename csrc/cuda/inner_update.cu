@@ -4,10 +4,10 @@
 #include "inner_update.h"
 #include "launch.h"
 
-namespace metafast::cuda {
+namespace metafast::METAFAST_GPU {
 
 template <class Real>
-void inner_update(const InnerUpdate<Real>& arguments, cudaStream_t stream) {
+void inner_update(const InnerUpdate<Real>& arguments, CUstream_st* stream) {
   if (arguments.tasks == 0 || arguments.size == 0) return;  // CUDA refuses an empty grid
   constexpr int64_t kBlock = 256;
   constexpr int64_t kMostBlocks = 4096;  // of parameters; more go round the kernel's loop
@@ -18,7 +18,7 @@ void inner_update(const InnerUpdate<Real>& arguments, cudaStream_t stream) {
          stream, arguments);
 }
 
-template void inner_update(const InnerUpdate<float>&, cudaStream_t);
-template void inner_update(const InnerUpdate<double>&, cudaStream_t);
+template void inner_update(const InnerUpdate<float>&, CUstream_st*);
+template void inner_update(const InnerUpdate<double>&, CUstream_st*);
 
-}  // namespace metafast::cuda
+}  // namespace metafast::METAFAST_GPU

@@ -1,10 +1,12 @@
 // updated = params - scale * lr * grads on CUDA; overwrites. A grid of parameter blocks x tasks, any size of
-// it covers all elements. Tested by tests/ops/test_inner_update.py where there is a GPU.
+// it covers all elements. Tested by tests/ops/test_inner_update.py on the
+// emulator, and where there is a GPU.
 #pragma once
 
 #include "../inner_update.h"
+#include "gpu.h"
 
-namespace metafast::cuda {
+namespace metafast::METAFAST_GPU {
 
 template <class Real>
 __global__ void inner_update_kernel(InnerUpdate<Real> a) {
@@ -19,4 +21,4 @@ __global__ void inner_update_kernel(InnerUpdate<Real> a) {
   }
 }
 
-}  // namespace metafast::cuda
+}  // namespace metafast::METAFAST_GPU

@@ -1,15 +1,23 @@
-// The CUDA launcher of inner_update. Real is float or double.
+// The launcher of inner_update's CUDA kernel. Real is float or double.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include "../inner_update.h"
 
-namespace metafast::cuda {
+struct CUstream_st;
+
+namespace metafast {
 
 // Starts the kernel on the stream of the current device, which holds all the pointers; throws
 // std::runtime_error where the launch is refused. Does not wait.
+namespace cuda {
 template <class Real>
-void inner_update(const InnerUpdate<Real>& arguments, cudaStream_t stream);
+void inner_update(const InnerUpdate<Real>& arguments, CUstream_st* stream);
+}
 
-}  // namespace metafast::cuda
+// The same kernel on the emulator (csrc/simt), on the CPU's memory.
+namespace simt {
+template <class Real>
+void inner_update(const InnerUpdate<Real>& arguments, CUstream_st* stream);
+}
+
+}  // namespace metafast

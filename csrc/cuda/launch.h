@@ -2,22 +2,28 @@
 // this.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <stdexcept>
 #include <string>
 
-namespace metafast::cuda {
+#include "gpu.h"
 
-// Starts kernel(args...) on the stream; throws std::runtime_error where CUDA refuses the launch.
+namespace metafast::METAFAST_GPU {
+
+// Starts kernel(args...) on the stream; throws std::runtime_error where CUDA refuses the launch. The emulator
+// waits for the end, and throws for all that is wrong in the kernel.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, Args&&... args) {
+            [[maybe_unused]] cudaStream_t stream, Args&&... args) {
+#ifdef __CUDACC__
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Args&&>(args)...);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     throw std::runtime_error(std::string("metafast: CUDA refused to launch ") + name + ": " +
                              cudaGetErrorString(error));
   }
+#else
+  ::emulator::launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                     [&] { kernel(args...); });
+#endif
 }
 
-}  // namespace metafast::cuda
+}  // namespace metafast::METAFAST_GPU

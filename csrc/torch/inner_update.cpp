@@ -15,12 +15,12 @@
 #include <torch/library.h>
 
 #include "../cpu/isa.h"
+#include "../cuda/inner_update.h"
+#include "simt.h"
 
 #ifdef METAFAST_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-
-#include "../cuda/inner_update.h"
 #endif
 
 namespace metafast {
@@ -106,6 +106,9 @@ auto kernel_for(const InnerUpdate<Real>&) {
 Tensor inner_update_cpu(const Tensor& params, const Tensor& grads, const std::optional<Tensor>& lr,
                         double scale) {
   return with_arguments(params, grads, lr, scale, [](const auto& arguments) {
+#ifdef METAFAST_WITH_SIMT
+    if (simt_forced) return simt::inner_update(arguments, nullptr);
+#endif
     const auto kernel = kernel_for(arguments);
     at::parallel_for(0, arguments.tasks * arguments.size, kGrain,
                      [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });

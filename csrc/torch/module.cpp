@@ -6,6 +6,11 @@
 #include "../cpu/isa.h"
 #include "build_info.h"  // written by setup.py: kBuildInfo, JSON
 #include "engine.h"
+#include "simt.h"
+
+#ifdef METAFAST_WITH_SIMT
+#include "../simt/emulator.h"
+#endif
 
 namespace py = pybind11;
 using at::Tensor;
@@ -51,6 +56,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", metafast::cpu::supported, "Instruction sets of this build that run here, ascending.");
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
   m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
+
+#ifdef METAFAST_WITH_SIMT
+  m.def("force_simt", [](bool on) { metafast::simt_forced = on; }, "CPU tensors go to the emulated kernels.");
+  m.def("simt_order", emulator::set_order, py::arg("order"), "The order that threads and blocks run in.");
+  m.def("simt_blocks", emulator::blocks, "Blocks that the emulator has run so far.");
+  m.attr("SIMT_ORDERS") = emulator::kOrders;
+#endif
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine",

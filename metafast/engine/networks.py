@@ -179,6 +179,8 @@ class Networks:
         status = _native.status()
         if not status.available:
             return f"there is no extension: {status.reason}"
+        if current_backend() == "simt":
+            return "there is no simt engine yet"
         if not x.is_cpu:
             return f"there are no kernels for networks on {x.device}"
         if x.dtype not in _DTYPES:

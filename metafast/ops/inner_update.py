@@ -17,6 +17,7 @@ from metafast import _check, _native
 
 Rate = float | Tensor
 
+_KERNELS = ("cpu", "simt", "cuda")
 _LIBRARY = torch.library.Library("metafast", "FRAGMENT")
 _LIBRARY.define("inner_update(Tensor params, Tensor grads, Tensor? lr, float scale) -> Tensor")
 _LIBRARY.define("inner_update.list(Tensor[] params, Tensor[] grads, Tensor[] lr, float[] scale) -> Tensor[]")
@@ -64,7 +65,7 @@ def inner_update(
 
 def _run(params: Tensor, grads: Tensor, lr: Tensor | None, scale: float) -> Tensor:
     tensors = (params, grads) if lr is None else (params, grads, lr)
-    if _native.runs("params", *tensors):
+    if _native.runs("params", *tensors, kernels=_KERNELS):
         updated: Tensor = torch.ops.metafast.inner_update(params, grads, lr, scale)
         return updated
     return _twin(params, grads, lr, scale)
@@ -91,7 +92,7 @@ def _inner_update_list(params: Any, grads: Any, lr: Any) -> list[Tensor]:
             raise TypeError(f"params[{i}]: expected dtype and device of params[0], got {_check.describe(p)}")
     tensors = [rate for rate, _ in rates if rate is not None]
     scales = [scale for _, scale in rates]
-    if _native.runs("params", *params, *grads, *tensors):
+    if _native.runs("params", *params, *grads, *tensors, kernels=_KERNELS):
         if tensors and len(tensors) < len(rates):
             # The operator takes a tensor for each or for none.
             tensors = [params[0].new_ones(()) if rate is None else rate for rate, _ in rates]

@@ -21,6 +21,7 @@ _LIBRARY.define(
     "lstm_update_backward(Tensor? d_updates, Tensor? d_next, Tensor grads, Tensor state, Tensor[] weights, float p)"
     " -> (Tensor, Tensor, Tensor)"
 )
+_KERNELS = ("cpu",)
 MOST_LAYERS = 8  # of the kernels, csrc/lstm.h
 
 
@@ -104,7 +105,7 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
         torch.Size([3])
     """
     layers = _check_arguments(grads, state, weights, p)
-    if layers <= MOST_LAYERS and _native.runs("grads", grads, state, *weights):
+    if layers <= MOST_LAYERS and _native.runs("grads", grads, state, *weights, kernels=_KERNELS):
         updates, carried = torch.ops.metafast.lstm_update(grads, state, list(weights), p)
         return updates, carried
     return _twin(grads, state, list(weights), p)
@@ -182,8 +183,9 @@ def lstm_vjp(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Cotangents of grads, state and each of the weights for those of the updates and of the next state; unchecked."""
     cotangents = [d for d in (d_updates, d_next) if d is not None]
-    kernels = state.shape[0] <= MOST_LAYERS and _native.runs("grads", grads, state, *weights, *cotangents)
-    run = torch.ops.metafast.lstm_update_backward if kernels else _twin_backward
+    tensors = (grads, state, *weights, *cotangents)
+    native = state.shape[0] <= MOST_LAYERS and _native.runs("grads", *tensors, kernels=_KERNELS)
+    run = torch.ops.metafast.lstm_update_backward if native else _twin_backward
     d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p)
     parts = flat.split([w.numel() for w in weights])
     return d_grads, d_state, tuple(part.view(w.shape) for part, w in zip(parts, weights))

@@ -12,7 +12,18 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.ops import inner_update
-from tests.backends import OperatorsSeen, device_of, native, on_backends, on_dtypes, poisoned, random, rounding_of, wide
+from tests.backends import (
+    OperatorsSeen,
+    device_of,
+    in_every_order,
+    native,
+    on_backends,
+    on_dtypes,
+    poisoned,
+    random,
+    rounding_of,
+    wide,
+)
 
 Rate = float | Tensor
 ONE = torch.ops.metafast.inner_update.default
@@ -35,7 +46,7 @@ def run(backend: str, params: Any, grads: Any, lr: Any) -> Any:
     tensors = [t for t in tensors if isinstance(t, Tensor)]
     before = [t.clone() for t in tensors]
     with poisoned(), mf.use_backend(backend):
-        updated = inner_update(params, grads, lr)
+        updated = in_every_order(backend, lambda: inner_update(params, grads, lr))
     assert all(torch.equal(t, b) for t, b in zip(tensors, before))
     outputs = [updated] if isinstance(updated, Tensor) else updated
     memory = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}

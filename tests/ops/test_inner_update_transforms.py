@@ -39,9 +39,10 @@ def test_derivatives_of_the_operators_with_a_rate_and_a_scale(backend: str) -> N
     torch.manual_seed(0)
     inputs = [random(*s, device=device_of(backend)).requires_grad_() for s in ((2, 3), (2, 3), (3,))]
     for operator in (lambda p, g, lr: ONE(p, g, lr, 0.7), lambda p, g, lr: LIST([p], [g], [lr], [0.7])[0]):
-        assert torch.allclose(operator(*inputs), inputs[0] - 0.7 * inputs[2] * inputs[1], rtol=1e-14, atol=1e-14)
-        assert gradcheck(operator, inputs)
-        assert gradgradcheck(operator, inputs)
+        with mf.use_backend(backend):
+            assert torch.allclose(operator(*inputs), inputs[0] - 0.7 * inputs[2] * inputs[1], rtol=1e-14, atol=1e-14)
+            assert gradcheck(operator, inputs)
+            assert gradgradcheck(operator, inputs)
 
 
 @on_backends
@@ -94,17 +95,21 @@ def test_opcheck(backend: str) -> None:
     def to(*tensors: Tensor, requires_grad: bool = False) -> list[Tensor]:
         return [t.detach().to(device_of(backend)).requires_grad_(requires_grad) for t in tensors]
 
+    def opcheck(operator: Any, arguments: tuple[Any, ...]) -> None:
+        with mf.use_backend(backend):
+            torch.library.opcheck(operator, arguments)
+
     p, g, q, h = random(3, 5), random(3, 5), random(3, 2, 2), random(3, 2, 2)
     for wants in (False, True):
         for lr in (None, random(), random(5), random(3, 1), random(3, 5)):
             arguments = to(p, g, *([] if lr is None else [lr]), requires_grad=wants)
-            torch.library.opcheck(ONE, (*arguments[:2], *(arguments[2:] or [None]), 0.7))
+            opcheck(ONE, (*arguments[:2], *(arguments[2:] or [None]), 0.7))
         for rates in ([], [random(3, 1), random(2, 1)]):
             lists = (to(p, q, requires_grad=wants), to(g, h, requires_grad=wants), to(*rates, requires_grad=wants))
-            torch.library.opcheck(LIST, (*lists, [0.7, 1.0]))
+            opcheck(LIST, (*lists, [0.7, 1.0]))
     strided, other = to(random(5, 3), random(5, 3))
-    torch.library.opcheck(ONE, (strided.t(), other.t(), None, 0.7))
-    torch.library.opcheck(LIST, ([strided.t()], [other.t()], [], [0.7]))
+    opcheck(ONE, (strided.t(), other.t(), None, 0.7))
+    opcheck(LIST, ([strided.t()], [other.t()], [], [0.7]))
 
 
 @on_backends
