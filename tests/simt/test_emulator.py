@@ -6,64 +6,25 @@ AddressSanitizer. A case is a process.
 
 from __future__ import annotations
 
-import fcntl
 import re
-import shlex
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.simt.programs import FOLDER, Program, compiled, needs_compiler, run
 from tests.test_build import NO_NVCC, NVCC_HOME, setup
 
-FOLDER = Path(__file__).parent
-SIMT = FOLDER.parents[1] / "csrc/simt"
-CXX = setup.find_cxx()
-pytestmark = pytest.mark.skipif(not CXX, reason="no C++ compiler")
-
-
-@dataclass
-class Program:
-    path: Path
-
-    def run(self, case: str) -> tuple[int, str]:
-        """Exit status and all that it printed."""
-        command = [str(self.path), case]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
-        return done.returncode, done.stdout
-
-
-def build(
-    tmp_path_factory: pytest.TempPathFactory, worker: str, name: str, kernel: list[str], all_: list[str]
-) -> Program:
-    """The program, compiled once for all of pytest-xdist's workers."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder if worker == "master" else folder.parent
-    program = folder / name
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            flags = ["-std=c++20", "-O1", *setup.WARNINGS, *all_]
-            cases = folder / f"{name}.o"
-            run([*CXX, *flags, *setup.SIMT, *kernel, "-c", FOLDER / "cases.cpp", "-o", cases])
-            run([*CXX, *flags, *sorted(SIMT.glob("*.cpp")), cases, "-o", program])
-    return Program(program)
-
-
-def run(command: list[str | Path]) -> None:
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, f"{shlex.join(str(c) for c in command)}\n{done.stdout}"
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Program:
-    return build(tmp_path_factory, worker_id, "watched", setup.SIMT_WATCHED, [])
+    return compiled(tmp_path_factory, worker_id, "watched", [FOLDER / "cases.cpp"], sanitized=False)
 
 
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Program:
-    return build(tmp_path_factory, worker_id, "sanitized", [], ["-fsanitize=address"])
+    return compiled(tmp_path_factory, worker_id, "sanitized", [FOLDER / "cases.cpp"], sanitized=True)
 
 
 SOUND = [

@@ -1,0 +1,128 @@
+// The program of tests/simt/test_kernels.py: `library NAME` runs a kernel of csrc/cuda that has no operator
+// yet, in every order, at odd sizes, into poisoned memory, and compares with the equation in long double.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/momentum_update.h"
+#include "../../csrc/cuda/weighted_sum.h"
+#include "../../csrc/simt/orders.h"
+
+namespace metafast {
+namespace {
+
+// Memory of the exact size, so that AddressSanitizer sees the end of it.
+template <class Real>
+struct Array {
+  explicit Array(int64_t count, Real value = std::numeric_limits<Real>::quiet_NaN())
+      : size(size_t(count)), data(new Real[size]) {
+    std::fill_n(data.get(), size, value);
+  }
+  Real* get() const { return data.get(); }
+  Real operator[](int64_t i) const { return data[size_t(i)]; }
+  emulator::Buffer buffer(const char* name) const { return {name, data.get(), size * sizeof(Real)}; }
+
+  size_t size;
+  std::unique_ptr<Real[]> data;
+};
+
+template <class Real>
+Array<Real> random(int64_t count) {
+  static std::mt19937 generator(0);
+  std::normal_distribution<double> normal;
+  Array<Real> values(count);
+  for (size_t i = 0; i < values.size; ++i) values.data[i] = Real(normal(generator));
+  return values;
+}
+
+// `got` within `roundings` roundings of numbers as large as `scale`; NaN is not.
+template <class Real>
+void check(Real got, long double wanted, long double scale, int64_t roundings) {
+  const long double bound = 0.505L * std::numeric_limits<Real>::epsilon() * scale * (long double)(roundings);
+  if (std::fabs((long double)(got)-wanted) <= bound) return;
+  throw std::runtime_error("expected " + std::to_string(double(wanted)) + ", got " +
+                           std::to_string(double(got)));
+}
+
+constexpr int64_t kSizes[] = {1, 13, 255, 256, 257, 1031};
+
+template <class Real>
+void weighted_sums() {
+  for (const int64_t tasks : {0, 1, 7, 32}) {
+    for (const int64_t size : kSizes) {
+      for (const bool weighted : {false, true}) {
+        const auto x = random<Real>(tasks * size), weights = random<Real>(tasks);
+        const Array<Real> out(size);
+        emulator::check_orders("weighted_sum", {out.buffer("out")}, [&] {
+          simt::weighted_sum<Real>({x.get(), weighted ? weights.get() : nullptr, tasks, size, out.get()},
+                                   nullptr);
+        });
+        for (int64_t p = 0; p < size; ++p) {
+          long double sum = 0, scale = 0;
+          for (int64_t t = 0; t < tasks; ++t) {
+            const long double term = (weighted ? weights[t] : 1.0L) * x[t * size + p];
+            sum += term, scale += std::fabs(term);
+          }
+          check(out[p], sum, scale, tasks + 1);
+        }
+      }
+    }
+  }
+}
+
+template <class Real>
+void momentum_updates() {
+  const Real lr = Real(0.3), momentum = Real(0.9);
+  for (const int64_t count : kSizes) {
+    for (const bool first : {false, true}) {
+      const auto params = random<Real>(count), grads = random<Real>(count), velocity = random<Real>(count);
+      const Array<Real> updated(count), next(count);
+      emulator::check_orders("momentum_update", {updated.buffer("updated"), next.buffer("velocity")}, [&] {
+        simt::momentum_update<Real>({params.get(), grads.get(), first ? nullptr : velocity.get(), lr,
+                                     momentum, count, updated.get(), next.get()},
+                                    nullptr);
+      });
+      for (int64_t i = 0; i < count; ++i) {
+        const long double before = first ? 0.0L : (long double)(velocity[i]);
+        const long double after = momentum * before + grads[i],
+                          size = std::fabs(momentum * before) + std::fabs(grads[i]);
+        check(next[i], after, size, 2);
+        check(updated[i], params[i] - lr * after, std::fabs(params[i]) + lr * size, 4);
+      }
+      // In place.
+      simt::momentum_update<Real>({params.get(), grads.get(), first ? nullptr : velocity.get(), lr, momentum,
+                                   count, params.get(), velocity.get()},
+                                  nullptr);
+      for (int64_t i = 0; i < count; ++i) {
+        check(params[i], updated[i], 0, 0);
+        check(velocity[i], next[i], 0, 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace metafast
+
+int main(int, char** names) {
+  using namespace metafast;
+  const std::map<std::string, std::function<void()>> kernels = {
+      {"weighted_sum float32", weighted_sums<float>},
+      {"weighted_sum float64", weighted_sums<double>},
+      {"momentum_update float32", momentum_updates<float>},
+      {"momentum_update float64", momentum_updates<double>},
+  };
+  try {
+    kernels.at(names[1])();
+  } catch (const std::exception& error) {
+    std::puts(error.what());
+    return 1;
+  }
+  std::puts("ok");
+}
