@@ -2,6 +2,7 @@
 # make test   everything that CI runs
 # make sanitize  the kernels' tests under AddressSanitizer and UBSan (CI runs this too)
 # make aarch64  compile the kernels and the engine for 64-bit ARM (wants g++-aarch64-linux-gnu)
+# make cuda-compile  compile the CUDA kernels for every major architecture (wants nvcc, no GPU)
 # make bench  every workload, into benchmarks/results
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
@@ -16,7 +17,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint pytest isas sanitize aarch64 format demo bench peers clean
+.PHONY: help build test lint pytest isas sanitize aarch64 cuda-compile format demo bench peers clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -68,6 +69,11 @@ aarch64:
 	for file in $$(ls csrc/engine/*.cpp csrc/cpu/*.cpp csrc/simt/*.cpp | grep -v -e _avx); do \
 	  aarch64-linux-gnu-g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror \
 	    -c -o /dev/null $$file || exit 1; \
+	done
+
+cuda-compile:
+	for file in csrc/cuda/*.cu; do \
+	  nvcc -std=c++20 -O3 -arch=all-major -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror -c -o /dev/null $$file || exit 1; \
 	done
 
 format: build

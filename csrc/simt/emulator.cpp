@@ -131,25 +131,34 @@ bool release_active_masks() {
   return true;
 }
 
-// Nobody can go on and the block is not done: the first that waits, and whom it waits for.
-std::string stuck() {
-  const Thread* waits = nullptr;
-  for (unsigned rank = 0; rank < now.threads && waits == nullptr; ++rank) {
-    if (threads[rank].state == Thread::kWaiting) waits = &threads[rank];
-  }
-  const std::string start = where(waits->rank) + "waits forever at " + text_of(waits->wait) + ": ";
-  const unsigned first = waits->wait.mask == 0 ? 0 : waits->warp() * kWarp;
-  const unsigned last = waits->wait.mask == 0 ? now.threads : first + kWarp;
+// Why a thread waits: the first that should come and does not. `gone`: it never will, whatever others do.
+std::string obstacle(const Thread& waits, bool& gone) {
+  const bool all = waits.wait.mask == 0;
+  const unsigned first = all ? 0 : waits.warp() * kWarp, last = all ? now.threads : first + kWarp;
   for (unsigned rank = first; rank < last; ++rank) {
-    if (waits->wait.mask != 0 && (waits->wait.mask >> rank % kWarp & 1) == 0) continue;
-    if (rank >= now.threads) return start + "the block has no lane " + std::to_string(rank % kWarp);
-    const Thread& other = threads[rank];
-    if (other.state == Thread::kLeft) return start + thread_text(rank) + " has left the kernel";
-    if (!same(other.wait, waits->wait)) {
-      return start + thread_text(rank) + " waits at " + text_of(other.wait);
+    if (!all && (waits.wait.mask >> rank % kWarp & 1) == 0) continue;
+    gone = rank >= now.threads || threads[rank].state == Thread::kLeft;
+    if (rank >= now.threads) return "the block has no lane " + std::to_string(rank % kWarp);
+    if (gone) return thread_text(rank) + " has left the kernel";
+    if (!same(threads[rank].wait, waits.wait)) {
+      return thread_text(rank) + " waits at " + text_of(threads[rank].wait);
     }
   }
-  return start + "the emulator is at fault";
+  return "the emulator is at fault";
+}
+
+// Nobody can go on and the block is not done: whom somebody waits for, best if that one is the cause.
+std::string stuck() {
+  std::string found;
+  for (unsigned rank = 0; rank < now.threads; ++rank) {
+    if (threads[rank].state != Thread::kWaiting) continue;
+    bool gone = false;
+    const std::string why = obstacle(threads[rank], gone);
+    if (found.empty() || gone)
+      found = where(rank) + "waits forever at " + text_of(threads[rank].wait) + ": " + why;
+    if (gone) break;
+  }
+  return found;
 }
 
 // Threads in the launch's order until all have left. The two plain orders let the first that can go on go as

@@ -204,6 +204,7 @@ const std::map<std::string, Case> kCases = {
     PLAIN(two_barriers),
     PLAIN(barrier_after_return),
     PLAIN(shuffle_without_all),
+    PLAIN(shuffle_before_barrier),
     PLAIN(shuffle_from_outside),
     PLAIN(shuffle_of_others),
     PLAIN(two_collectives),

@@ -149,6 +149,13 @@ __global__ void shuffle_without_all(int* out) {
   out[threadIdx.x] = __shfl_sync(kAll, int(threadIdx.x), 0);
 }
 
+// All wait for the second warp, which waits for a lane of its own.
+__global__ void shuffle_before_barrier(int* out) {
+  if (threadIdx.x == 40) return;
+  if (threadIdx.x >= 32) out[threadIdx.x] = __shfl_sync(kAll, int(threadIdx.x), 0);
+  __syncthreads();
+}
+
 __global__ void shuffle_from_outside(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_down_sync(0x0000ffff, int(threadIdx.x), 1);
 }

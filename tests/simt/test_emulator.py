@@ -49,6 +49,7 @@ CAUGHT = {
     "two_barriers": r"thread \(40, 0, 0\), order 0: comes to __syncthreads \(kernels.cuh:\d+\) while "
     r"thread \(0, 0, 0\) waits at __syncthreads \(kernels.cuh:\d+\)",
     "shuffle_without_all": WAITS.format(0, "__shfl_sync", ALL) + r"thread \(5, 0, 0\) has left the kernel",
+    "shuffle_before_barrier": WAITS.format(32, "__shfl_sync", ALL) + r"thread \(40, 0, 0\) has left the kernel",
     "shuffle_from_outside": r"thread \(15, 0, 0\), order 0: __shfl_down_sync reads lane 16, which is not in its mask",
     "shuffle_of_others": r"thread \(0, 0, 0\), order 0: is not in the mask of __shfl_sync \(.*, mask 0xffff0000",
     "two_collectives": WAITS.format(0, "__any_sync", ALL) + r"thread \(8, 0, 0\) waits at __all_sync",
