@@ -149,7 +149,7 @@ def _by_kernels(
     task: TaskModel, params: list[Tensor], vector: list[Tensor], x: Tensor, y: Tensor
 ) -> dict[str, Tensor] | None:
     """By the registered operator, None where that cannot."""
-    if any(p.requires_grad for p in params) or not _native.runs("params", *params, *vector, x):
+    if any(p.requires_grad for p in params) or not _native.runs("params", *params, *vector, x, kernels=("cpu",)):
         return None
     network = task.native(x)
     if network is None:
