@@ -41,7 +41,7 @@ def test_what_is_compared() -> None:
     for net in ("MLP", "Conv4, batch norm", "layer norm", "residual"):
         for learner in ("MAML", "FOMAML", "LOMAML"):
             assert {(learner, f"{net}, 1 step"), (learner, f"{net}, 5 steps")} <= names
-        assert {("ProtoNets", f"{net}, sqeuclidean"), ("ProtoNets", f"{net}, cosine")} <= names
+        assert {("ProtoNets", f"{net}, {metric}") for metric in ("sqeuclidean", "euclidean", "cosine")} <= names
     quantities = {finding.quantity for finding in findings_of("prototype_loss")}
     assert quantities == {"values", "first derivatives", "second derivatives"}
 

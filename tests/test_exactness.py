@@ -53,7 +53,7 @@ def test_lomaml(name: str, steps: int, first_order: bool) -> None:
     agree(lo, model, lo(episodes), wanted, [optimizer])
 
 
-@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 @pytest.mark.parametrize("name", NETS)
 def test_protonets(name: str, metric: str) -> None:
     encoder, episodes = build(name), episodes_for(name)

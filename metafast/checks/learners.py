@@ -31,7 +31,7 @@ def learner_cases(quick: bool) -> Iterator[Case]:
                 for first_order in (False, True):
                     yield _maml_case(text, inputs, steps, first_order, dtype)
                 yield _lomaml_case(text, inputs, steps, dtype)
-            for metric in ("sqeuclidean", "cosine"):
+            for metric in ("sqeuclidean", "euclidean", "cosine"):
                 yield _protonets_case(f"{name}, {metric}", inputs, metric, dtype)
 
 

@@ -129,7 +129,7 @@ def _prototype_cases(quick: bool) -> Iterator[Case]:
         embedded = [cast(Tensor, inputs["support"]), cast(Tensor, inputs["query"])]
         return derivatives(lambda s, q: (head(inputs, s, q),), embedded)
 
-    for metric in ("sqeuclidean", "cosine"):
+    for metric in ("sqeuclidean", "euclidean", "cosine"):
         for subject, ours, plain in (
             ("prototype_logits", _logits, _plain_logits),
             ("prototype_loss", _loss, _plain_loss),
@@ -167,7 +167,8 @@ def _plain_logits(metric: str, inputs: Inputs, support: Tensor, query: Tensor) -
         if metric == "cosine":
             tasks.append(F.cosine_similarity(q.unsqueeze(1), means.unsqueeze(0), dim=-1))
         else:
-            tasks.append(-((q.unsqueeze(1) - means.unsqueeze(0)) ** 2).sum(-1))
+            squares = ((q.unsqueeze(1) - means.unsqueeze(0)) ** 2).sum(-1)
+            tasks.append(-squares.sqrt() if metric == "euclidean" else -squares)
     return torch.stack(tasks)
 
 

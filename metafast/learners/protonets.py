@@ -10,7 +10,7 @@ from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.losses import resolve_loss
-from metafast.ops.prototypes import METRICS, prototype_logits, prototypes
+from metafast.ops.prototypes import METRICS, prototype_head, prototype_logits, prototypes
 
 
 class ProtoNets(nn.Module):
@@ -20,7 +20,7 @@ class ProtoNets(nn.Module):
 
     Args:
         encoder: module (N, ...) -> (N, D), or (N, ...) which is flattened.
-        metric: ``"sqeuclidean"`` (the paper) or ``"cosine"``.
+        metric: ``"sqeuclidean"`` (the paper), ``"euclidean"``, -||f(q) - p_c||, or ``"cosine"``.
         batch_norm: ``"batch"``: statistics of each episode, its support and query together, in training and
             evaluation; ``"running"``: the stored running statistics as constants. Neither writes them.
 
@@ -58,8 +58,8 @@ class ProtoNets(nn.Module):
         shots = episodes.support_x.shape[1]
         # Together through the encoder, so that batch statistics are the episode's.
         embedded = self._embed(torch.cat([episodes.support_x, episodes.query_x], dim=1))
-        logits = prototype_logits(embedded[:, :shots], episodes.support_y, embedded[:, shots:], ways, self.metric)
-        losses = self._task.loss.per_task(logits, episodes.query_y)
+        support, query = embedded[:, :shots], embedded[:, shots:]
+        losses, logits = prototype_head(support, episodes.support_y, query, episodes.query_y, ways, self.metric)
         return outcome(losses, logits, episodes.query_y, weights)
 
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:

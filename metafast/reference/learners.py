@@ -153,6 +153,8 @@ def protonets(
                 scores = F.cosine_similarity(query.unsqueeze(1), means.unsqueeze(0), dim=-1)
             else:
                 scores = -((query.unsqueeze(1) - means.unsqueeze(0)) ** 2).sum(-1)
+                if metric == "euclidean":
+                    scores = -(-scores).sqrt()
             logits.append(scores)
             losses.append(F.cross_entropy(scores, episodes.query_y[t]))
     return outcome(torch.stack(losses), torch.stack(logits), episodes.query_y, weights)
