@@ -22,16 +22,29 @@ def metafast_head(support: Tensor, support_y: Tensor, query: Tensor, query_y: Te
     return mf.ops.prototype_loss(support, support_y, query, query_y, ways).mean()
 
 
-def batched_head(support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> Tensor:
-    """The best that batched PyTorch does: class means by a product, distances by its expansion."""
+def by_products(support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> Tensor:
+    """Batched PyTorch: class means by a product with the one-hot labels."""
     member = F.one_hot(support_y, ways).to(support.dtype)
-    means = member.transpose(1, 2) @ support / member.sum(1).unsqueeze(-1)
-    logits = 2 * query @ means.transpose(1, 2) - (means * means).sum(-1).unsqueeze(1)
+    return _of_means(member.transpose(1, 2) @ support / member.sum(1).unsqueeze(-1), query, query_y)
+
+
+def by_index(support: Tensor, support_y: Tensor, query: Tensor, query_y: Tensor, ways: int) -> Tensor:
+    """Batched PyTorch: class means by adding rows, which is faster with many classes."""
+    tasks, _, features = support.shape
+    row = (support_y + ways * torch.arange(tasks).unsqueeze(1)).flatten()
+    sums = support.new_zeros(tasks * ways, features).index_add(0, row, support.flatten(0, 1))
+    means = sums / torch.bincount(row, minlength=tasks * ways).unsqueeze(1)
+    return _of_means(means.view(tasks, ways, features), query, query_y)
+
+
+def _of_means(means: Tensor, query: Tensor, query_y: Tensor) -> Tensor:
     # Without |q|^2, which is the same for all classes and leaves the softmax as it is.
+    squares = (means * means).sum(-1).unsqueeze(1)
+    logits = torch.baddbmm(squares, query, means.transpose(1, 2), beta=-1, alpha=2)
     return F.cross_entropy(logits.flatten(0, 1), query_y.flatten())
 
 
-@pytest.mark.parametrize("head", [metafast_head, batched_head], ids=["metafast", "torch"])
+@pytest.mark.parametrize("head", [metafast_head, by_products, by_index], ids=["metafast", "products", "index"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_head(size: tuple[int, ...], head: Head, benchmark: BenchmarkFixture) -> None:
     tasks, ways, shots, queries, features = size

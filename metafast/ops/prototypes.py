@@ -336,32 +336,52 @@ def _fake(
 
 
 def _operator_backward(
-    d_losses: Tensor | None, d_logits: Tensor | None, support: Tensor, support_labels: Tensor, query: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """The backward operator, by autograd through the twin; ``rest`` as in the schema."""
-    query_labels, _, _, _, *plain = rest
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (support, query)]
-        return _pull(d_losses, d_logits, leaves[0], support_labels, leaves[1], query_labels, *plain)
-
-
-def _pull(
     d_losses: Tensor | None,
     d_logits: Tensor | None,
     support: Tensor,
     support_labels: Tensor,
     query: Tensor,
     query_labels: Tensor | None,
-    *plain: Any,
-    again: bool = False,
+    logits: Tensor,
+    means: Tensor,
+    residual: Tensor,
+    ways: int,
+    metric: str,
+    support_mask: Tensor | None,
+    query_mask: Tensor | None,
+    ways_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Cotangents of support and query through the twin; ``again``: differentiable. ``plain``: ways, metric, masks."""
-    losses, logits, _ = _twin(support, support_labels, query, query_labels, *plain)
-    pairs = [(o, d) for o, d in ((losses, d_losses), (logits, d_logits)) if d is not None]
-    d_support, d_query = torch.autograd.grad(
-        [o for o, _ in pairs], [support, query], [d for _, d in pairs], create_graph=again
-    )
-    return d_support, d_query
+    """The backward operator in PyTorch's own operations; written out, since there is no autograd below its own key."""
+    d = torch.zeros_like(logits) if d_logits is None else d_logits
+    if query_mask is not None:
+        query = query.where(query_mask.unsqueeze(-1), 1)
+        d = d.where(query_mask.unsqueeze(-1), 0)
+    if ways_mask is not None:
+        d = d.where(ways_mask.unsqueeze(1), 0)
+    if d_losses is not None:
+        each = d_losses / (query.shape[1] if query_mask is None else query_mask.sum(1))
+        d = d + each.view(-1, 1, 1) * residual[..., : query.shape[1]].transpose(1, 2)
+    if metric == "cosine":
+        d_query = _through_normalize(d @ F.normalize(means, dim=-1), query)
+        d_means = _through_normalize(d.transpose(1, 2) @ F.normalize(query, dim=-1), means)
+    else:
+        apart = logits != 0
+        w = 2 * d if metric == "sqeuclidean" else d.where(apart, 0) / -logits.where(apart, 1)
+        centre = means.mean(1, keepdim=True)
+        q, p = query - centre, means - centre
+        d_query = w @ p - w.sum(-1, keepdim=True) * q
+        d_means = w.transpose(1, 2) @ q - w.sum(1).unsqueeze(-1) * p
+    member = _members(support_labels, ways, support_mask, support.dtype)
+    return member @ (d_means / member.sum(1).clamp(min=1).unsqueeze(-1)), d_query
+
+
+def _through_normalize(d: Tensor, x: Tensor, least: float = 1e-12) -> Tensor:
+    """The cotangent of x for that of F.normalize(x, dim=-1)."""
+    norm = x.norm(dim=-1, keepdim=True)
+    unit = x / norm.clamp(min=least)
+    tangent = d - unit * (unit * d).sum(-1, keepdim=True)
+    d_x: Tensor = tangent.where(norm >= least, d) / norm.clamp(min=least)
+    return d_x
 
 
 def _fake_backward(
@@ -410,8 +430,28 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(d_losses, d_logits, support, query, support_labels, query_labels, *masks)
 
 
+def _pull(
+    d_losses: Tensor | None,
+    d_logits: Tensor | None,
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    *plain: Any,
+) -> tuple[Tensor, Tensor]:
+    """Cotangents of support and query through the twin, differentiable; ``plain``: ways, metric, masks."""
+    losses, logits, _ = _twin(support, support_labels, query, query_labels, *plain)
+    pairs = [(o, d) for o, d in ((losses, d_losses), (logits, d_logits)) if d is not None]
+    d_support, d_query = torch.autograd.grad(
+        [o for o, _ in pairs], [support, query], [d for _, d in pairs], create_graph=True
+    )
+    return d_support, d_query
+
+
 def _backward_again(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None) -> tuple[Any, ...]:
     """The kernel has no second derivative of its own; the twin has them all."""
+    if dd_support is None and dd_query is None:
+        return (None,) * 14
     d_losses, d_logits, support, query, support_labels, query_labels, *masks = ctx.saved_tensors
     again = torch.is_grad_enabled()
 
@@ -423,7 +463,7 @@ def _backward_again(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None
         support, query = leaf(support), leaf(query)
         d_losses, d_logits = (None if d is None else leaf(d) for d in (d_losses, d_logits))
         plain = (query_labels, ctx.ways, ctx.metric, *masks)
-        first = _pull(d_losses, d_logits, support, support_labels, query, *plain, again=True)
+        first = _pull(d_losses, d_logits, support, support_labels, query, *plain)
     there = [t for t in (d_losses, d_logits, support, query) if t is not None]
     pairs = [(d, dd) for d, dd in zip(first, (dd_support, dd_query)) if dd is not None]
     found = torch.autograd.grad(

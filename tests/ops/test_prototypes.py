@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,18 +375,40 @@ def test_the_operator_of_other_devices(metric: str) -> None:
     """What runs where there are no kernels, held against them."""
     from metafast.ops import prototypes
 
-    head = ragged()
-    found = prototypes._operator(*arguments(head, metric))
-    wanted = torch.ops.metafast.prototype_head(*arguments(head, metric))
-    for mine, exact in zip(found, wanted):
-        assert mine.shape == exact.shape and close(mine, exact)
-    s, y, q, labels, *plain = arguments(head, metric)
-    cotangents = (torch.ones(3, dtype=torch.float64), torch.randn_like(found[1]), s, y, q, labels, *found[1:])
-    for mine, exact in zip(
-        prototypes._operator_backward(*cotangents, *plain),
-        torch.ops.metafast.prototype_head_backward(*cotangents, *plain),
-    ):
-        assert close(mine, exact)
+    for head in (ragged(), problem(3, 4, 2, 7, 5)):
+        found = prototypes._operator(*arguments(head, metric))
+        wanted = torch.ops.metafast.prototype_head(*arguments(head, metric))
+        for mine, exact in zip(found, wanted):
+            assert mine.shape == exact.shape and close(mine, exact)
+        s, y, q, labels, *plain = arguments(head, metric)
+        cotangents = (torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.randn_like(found[1]))
+        for pair in (cotangents, (cotangents[0], None), (None, cotangents[1])):
+            given = (*pair, s, y, q, labels, *found[1:], *plain)
+            for mine, exact in zip(
+                prototypes._operator_backward(*given), torch.ops.metafast.prototype_head_backward(*given)
+            ):
+                assert close(mine, exact)
+
+
+WITHOUT_EXTENSION = """
+import torch, metafast
+assert not metafast._native.status().available
+torch.manual_seed(0)
+support, query = torch.randn(2, 2, 6, 3).double().requires_grad_().unbind(0)
+labels, query_labels = torch.arange(3).repeat(2, 2), torch.randint(3, (2, 6))
+for metric in ("sqeuclidean", "euclidean", "cosine"):
+    def call(s, q):
+        return torch.ops.metafast.prototype_head(s, labels, q, query_labels, 3, metric, None, None, None)[:2]
+    assert torch.autograd.gradcheck(call, (support, query)) and torch.autograd.gradgradcheck(call, (support, query))
+"""
+
+
+def test_the_operator_without_the_extension(tmp_path: Path) -> None:
+    """Its derivatives are then those of Python, twice."""
+    package = Path(mf.__file__).parent
+    shutil.copytree(package, tmp_path / "metafast", ignore=shutil.ignore_patterns("_C*.so", "_build_info.json"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("METAFAST_")}
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], cwd=tmp_path, env=environment, check=True)
 
 
 @needs_kernels
