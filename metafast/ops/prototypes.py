@@ -234,7 +234,7 @@ def _head(
     ways_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     masks = (support_mask, query_mask, ways_mask)
-    if _native.runs("support", support, query):
+    if _native.runs("support", support, query, kernels=("cpu",)):
         losses, logits, _, _ = torch.ops.metafast.prototype_head(
             support, support_labels, query, query_labels, ways, metric, *masks
         )
