@@ -57,7 +57,8 @@ template <class Real>
 class PrototypeTask {
  public:
   using V = Vec<Real>;
-  static constexpr int64_t kBlock = 6 * kQueryGroup;
+  static constexpr int64_t kBlock = 6 * kQueryGroup;          // queries of a block, at most
+  static constexpr int64_t kBlockBytes = int64_t(320) << 10;  // with their cotangents they stay in the cache
   static constexpr Real kLeastNorm = Real(1e-12);
 
   // With a null workspace it only tells the size.
@@ -128,6 +129,7 @@ class PrototypeTask {
     }
     const auto run = cosine ? pull<false, Real> : pull<true, Real>;
     const int64_t features = h_.features, whole_columns = features / kLanes<Real> * kLanes<Real>;
+    if (h_.parts > 1) d_means_ = h_.d_means + (task_ * h_.parts + part) * d_size();
     bool add = false;
     for_each_block(part, [&](int64_t first, int64_t n) {
       if (cosine) measure_queries(n);
@@ -155,11 +157,7 @@ class PrototypeTask {
       }
       add = true;
     });
-    if (h_.parts == 1) {
-      spread();
-    } else {
-      std::copy_n(d_means_, d_size(), h_.d_means + (task_ * h_.parts + part) * d_size());
-    }
+    if (h_.parts == 1) spread();
   }
 
   void finish(int64_t task) {
@@ -197,8 +195,10 @@ class PrototypeTask {
     const int64_t groups = whole_groups(h_.queries) / kQueryGroup;
     const int64_t begin = groups * part / h_.parts * kQueryGroup,
                   end = std::min(groups * (part + 1) / h_.parts * kQueryGroup, h_.queries);
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t n = std::min(kBlock, end - first);
+    const int64_t groups_that_fit = kBlockBytes / (h_.features * int64_t(sizeof(Real)) * kQueryGroup);
+    const int64_t block = std::clamp<int64_t>(groups_that_fit * kQueryGroup, kQueryGroup, kBlock);
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t n = std::min(block, end - first);
       take_queries(first, n);
       visit(first, n);
     }
