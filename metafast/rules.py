@@ -32,11 +32,13 @@ class PlainOptimizer(NamedTuple):
         weights: those of :class:`~metafast.LSTMOptimizer`, and after them its initial state if that is learned.
         p: range of its preprocessing.
         moves: (M,) indices of the parameters that it moves, ascending; None: all.
+        size: P, of how many; None with ``moves``.
     """
 
     weights: tuple[Tensor, ...]
     p: float
     moves: Tensor | None
+    size: int | None
 
 
 class UpdateRule(nn.Module, ABC):
@@ -373,7 +375,7 @@ class LearnedRule(UpdateRule):
         if optimizer.layers > MOST_LAYERS:
             return None
         start = () if optimizer.initial_state is None else (optimizer.initial_state,)
-        return PlainOptimizer((*optimizer.weights, *start), optimizer.p, self.index)
+        return PlainOptimizer((*optimizer.weights, *start), optimizer.p, self.index, self._size)
 
     def _plain(self) -> bool:
         """Whether the step is what this class and LSTMOptimizer say: no subclass, no hook, no weight used twice."""

@@ -192,7 +192,7 @@ def test_as_torch_of_gradients_that_are_not_contiguous() -> None:
         p.grad = torch.randn(p.shape[::-1], dtype=torch.float64).t()
         wanted = p.detach() - 0.1 * learned(p.grad.flatten(), learned.init(p.numel()))[0].view(p.shape)
         learned.as_torch([p], lr=0.1).step()
-        assert torch.equal(p, wanted)
+        torch.testing.assert_close(p.detach(), wanted.detach(), rtol=1e-14, atol=1e-15)
 
 
 def test_descent_on_an_ordinary_network() -> None:

@@ -98,6 +98,8 @@ class NativeNetwork:
         call = self.engine.accumulate if accumulate else self.engine.meta_step
         uneven = isinstance(inner.rates, Tensor)
         optimizer = inner.optimizer
+        if optimizer is not None and optimizer.size not in (None, self.lowered.adapting):
+            raise ValueError(f"moves: expected one for each of {self.lowered.adapting}, got {optimizer.size}")
         result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
             self.parameters if inner.learn_init else [p.detach() for p in self.parameters],
             self.constants(),

@@ -17,10 +17,11 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.ops.prototypes import METRICS, prototype_head
+from tests.backends import LEARNER_BACKENDS, poisoned
 from tests.backends import native as needs_kernels
-from tests.backends import on_backends, poisoned
 
 BAR = 1e-10
+on_backends = pytest.mark.parametrize("backend", LEARNER_BACKENDS)
 on_metrics = pytest.mark.parametrize("metric", METRICS)
 
 
