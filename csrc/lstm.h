@@ -24,14 +24,14 @@ struct LstmWeights {
   int64_t count_with_start() const { return count() + (start == nullptr ? 0 : 2 * layers * hidden); }
 };
 
-// One step of N coordinates on its own.
+// K steps of N coordinates along gradients that are known.
 template <class Real>
 struct Lstm {
   const LstmWeights<Real>* rule;
-  int64_t coordinates;
-  const Real* grads;               // (N,)
+  int64_t steps, coordinates;
+  const Real* grads;               // (K, N)
   const Real* state;               // (L, 2, N, H): h, c
-  Real *updates, *next;            // forward: (N,), (L, 2, N, H)
+  Real *updates, *next;            // forward: (K, N), (L, 2, N, H)
   const Real *d_updates, *d_next;  // backward: cotangents of these, null: zero
   Real *d_grads, *d_state;         // of these
 };

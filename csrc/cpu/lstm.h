@@ -8,7 +8,7 @@ namespace metafast::cpu {
 template <class Real>
 struct LstmFunctions {
   // Elements of a thread's workspace, which may hold anything.
-  int64_t (*workspace)(const Lstm<Real>&);
+  int64_t (*workspace)(const Lstm<Real>&, bool backward);
   // Blocks [begin, end) of coordinates.
   void (*forward)(const Lstm<Real>&, int64_t begin, int64_t end, Real* workspace);
   // The same, and d_weights, all of them in a row, of these blocks; overwrites.

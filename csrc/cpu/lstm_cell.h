@@ -4,8 +4,10 @@
 // product with the weights as they are and nothing is padded to whole vectors, whatever the hidden size. For
 // layer l
 //
-//   Z_l = (inputs; h_l; 1),  (K, block)       G = (W_l V_l b_l) Z_l
-//   backward    d(W_l V_l b_l) += dG Z_l',    dZ_l = (W_l V_l)' dG
+//   Z_l = (inputs; 1; h_l),  (K, block)       G = (W_l b_l V_l) Z_l
+//   backward    d(W_l b_l V_l) += dG Z_l',    d inputs = W_l' dG,  dh_l = V_l' dG
+//
+// where a step from h = 0 leaves V_l out, and one whose d h nobody wants leaves that out.
 //
 // What a block's step starts from is its frame, rows (1 + 2 + 2 L H, block): g, what the preprocessing makes
 // of it, then h and c of each layer. What it makes besides are its gates, (L, 4H, block), activated. With
@@ -59,12 +61,12 @@ class LstmCell {
     for (int64_t l = 0; l < a_.layers; ++l) {
       const int64_t k = rows(l), gates = 4 * hidden_;
       most = std::max(most, k);
-      layer_[l] = {workspace.take(gates * k), workspace.take((k - 1) * gates),
-                   workspace.take(gates * whole(k)), workspace.take(k * kBlock),
-                   workspace.take(hidden_ * kBlock)};
+      layer_[l] = {workspace.take(gates * k),       workspace.take(inputs(l) * gates),
+                   workspace.take(hidden_ * gates), workspace.take(gates * whole(k)),
+                   workspace.take(k * kBlock),      workspace.take(hidden_ * kBlock)};
     }
     top_ = workspace.take(hidden_ * kBlock);
-    d_z_ = workspace.take(most * kBlock);
+    d_z_ = workspace.take(std::max<int64_t>(2, hidden_) * kBlock);
     d_gates_ = workspace.take(4 * hidden_ * kBlock);
     transposed_ = workspace.take(kBlock * whole(most));
     d_output_ = workspace.take((hidden_ + 1) * kLanes<Real>);
@@ -87,13 +89,12 @@ class LstmCell {
       Real* const packed = layer_[l].w;
       for (int64_t g = 0; g < gates; ++g) {
         std::copy_n(w + g * n, n, packed + g * k);
-        std::copy_n(v + g * hidden_, hidden_, packed + g * k + n);
-        packed[g * k + k - 1] = b[g];
+        packed[g * k + n] = b[g];
+        std::copy_n(v + g * hidden_, hidden_, packed + g * k + n + 1);
+        for (int64_t i = 0; transposed && i < n; ++i) layer_[l].wt[i * gates + g] = w[g * n + i];
+        for (int64_t i = 0; transposed && i < hidden_; ++i) layer_[l].vt[i * gates + g] = v[g * hidden_ + i];
       }
-      for (int64_t i = 0; transposed && i < k - 1; ++i) {
-        for (int64_t g = 0; g < gates; ++g) layer_[l].wt[i * gates + g] = packed[g * k + i];
-      }
-      std::fill_n(layer_[l].z + (k - 1) * kBlock, kBlock, Real(1));
+      std::fill_n(layer_[l].z + n * kBlock, kBlock, Real(1));
     }
   }
 
@@ -105,12 +106,12 @@ class LstmCell {
 
   // From g, h and c in the frame: the gates, what the preprocessing gives, and h and c of the next frame,
   // which may be null.
-  void forward(Real* frame, Real* gates, Real* next) {
+  void forward(Real* frame, Real* gates, Real* next, bool from_zero) {
     preprocess(frame);
-    layers<true>(frame, gates, next);
+    layers<true>(frame, gates, next, from_zero);
   }
   // After this, as after forward, comes backward: what lies in neither frame nor gates.
-  void restore(Real* frame, Real* gates) { layers<false>(frame, gates, nullptr); }
+  void restore(Real* frame, Real* gates, bool from_zero) { layers<false>(frame, gates, nullptr, from_zero); }
 
   // (block,) updates, after forward.
   void updates(Real* to) const {
@@ -130,8 +131,10 @@ class LstmCell {
   }
 
   // After forward or restore of this frame: from d_updates (block,) and `carry`, the cotangents of h and c
-  // after the step, to d_grads (block,) and those of h and c before it, in their place; adds to the weights'.
-  void backward(Real* frame, const Real* gates, const Real* d_updates, Real* carry, Real* d_grads) {
+  // after the step, to d_grads (block,) and, if `wants_carry`, those of h and c before it, in their place;
+  // adds to the weights'. `from_zero` as before.
+  void backward(Real* frame, const Real* gates, const Real* d_updates, Real* carry, Real* d_grads,
+                bool from_zero, bool wants_carry) {
     const int64_t h = hidden_, gate = h * kBlock;
     backward_output(d_updates);
     for (int64_t l = a_.layers - 1; l >= 0; --l) {
@@ -151,12 +154,12 @@ class LstmCell {
         store(d_gates_ + 3 * gate + i, d_h * t * out * (1 - out));
         store(d_c_of + i, d_c * forget);
       }
-      const int64_t wide = whole(k);
-      transpose(s.z, k, kBlock, kBlock, transposed_, wide);
+      const int64_t used = from_zero ? n + 1 : k, wide = whole(used);
+      transpose(s.z, used, kBlock, kBlock, transposed_, wide);
       outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
-                  transposed_, nullptr, nullptr, lanes_of<Real>(k), s.d_w, wide, true);
-      product(s.wt, 4 * h, k - 1, d_gates_, 4 * h, d_z_);
-      std::copy_n(d_z_ + n * kBlock, gate, d_h_of);
+                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, whole(k), true);
+      product(s.wt, 4 * h, n, d_gates_, 4 * h, d_z_);
+      if (wants_carry) product(s.vt, 4 * h, h, d_gates_, 4 * h, d_h_of);
     }
     const Real* const g = grads(frame);
     for (int64_t i = 0; i < kBlock; ++i) {
@@ -171,8 +174,8 @@ class LstmCell {
       const int64_t k = rows(l), n = inputs(l), wide = whole(k);
       const Real* const d = layer_[l].d_w;
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += n) std::copy_n(d + g * wide, n, to);
-      for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n, hidden_, to);
-      for (int64_t g = 0; g < 4 * hidden_; ++g) *to++ = d[g * wide + k - 1];
+      for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n + 1, hidden_, to);
+      for (int64_t g = 0; g < 4 * hidden_; ++g) *to++ = d[g * wide + n];
     }
     for (int64_t j = 0; j <= hidden_; ++j) *to++ = sum_of_lanes<Real>(load(d_output_ + j * kLanes<Real>));
   }
@@ -182,9 +185,9 @@ class LstmCell {
   Real* cell(Real* carried, int64_t l) const { return carried + (2 * l + 1) * hidden_ * kBlock; }
 
  private:
-  // w (4H, K), wt (K - 1, 4H), d_w (4H, K in whole vectors); z (K, block), tanh_c (H, block).
+  // w (4H, K), wt (inputs, 4H), vt (H, 4H), d_w (4H, K in whole vectors); z (K, block), tanh_c (H, block).
   struct Layer {
-    Real *w, *wt, *d_w, *z, *tanh_c;
+    Real *w, *wt, *vt, *d_w, *z, *tanh_c;
   };
 
   static int64_t whole(int64_t count) {
@@ -214,15 +217,16 @@ class LstmCell {
   }
 
   template <bool kForward>
-  void layers(Real* frame, Real* gates, Real* next) {
+  void layers(Real* frame, Real* gates, Real* next, bool from_zero) {
     const int64_t h = hidden_, gate = h * kBlock;
     std::copy_n(frame + kBlock, 2 * kBlock, layer_[0].z);
     for (int64_t l = 0; l < a_.layers; ++l) {
       const Layer& s = layer_[l];
       Real* const activated = gates + l * 4 * gate;
       const Real* const c_before = cell(carried(frame), l);
-      std::copy_n(hidden(carried(frame), l), gate, s.z + inputs(l) * kBlock);
-      if (kForward) product(s.w, rows(l), 4 * h, s.z, rows(l), activated);
+      const int64_t used = from_zero ? inputs(l) + 1 : rows(l);
+      if (!from_zero) std::copy_n(hidden(carried(frame), l), gate, s.z + (inputs(l) + 1) * kBlock);
+      if (kForward) product(s.w, rows(l), 4 * h, s.z, used, activated);
       Real* const z = l + 1 < a_.layers ? layer_[l + 1].z : top_;
       Real *const next_h = next == nullptr ? nullptr : hidden(carried(next), l), *const next_c =
                                                                                      next == nullptr

@@ -1,5 +1,6 @@
-// One step of the coordinatewise LSTM optimiser on (L, 2, N, H) states, and its vector-Jacobian product:
-// blocks of lstm_cell.h, between which and the user's rows of units they are transposed.
+// Steps of the coordinatewise LSTM optimiser on (L, 2, N, H) states, and their vector-Jacobian product:
+// blocks of lstm_cell.h, through all steps while they are in the cache, between which and the user's rows of
+// units they are transposed at either end.
 //
 // The backward kernel computes the forward again: what that takes is less than to write and read the gates of
 // all coordinates. Weight gradients are sums over the blocks of a part, in order; the caller adds the parts
@@ -18,11 +19,13 @@ class LstmBlocks {
   static constexpr int64_t kBlock = kLstmBlock<Real>;
 
   // With a null workspace it only tells the size.
-  LstmBlocks(const Lstm<Real>& lstm, Real* workspace)
+  LstmBlocks(const Lstm<Real>& lstm, bool backward, Real* workspace)
       : a_(lstm), hidden_(lstm.rule->hidden), carver_(workspace), cell(*lstm.rule, carver_) {
-    frame_ = carver_.take(cell.frame_size());
-    next_ = carver_.take(cell.frame_size());
-    gates_ = carver_.take(cell.gates_size());
+    // The way back wants all steps'.
+    frames_kept_ = backward ? a_.steps : 2;
+    gates_kept_ = backward ? a_.steps : 1;
+    frames_ = carver_.take(frames_kept_ * cell.frame_size());
+    gates_ = carver_.take(gates_kept_ * cell.gates_size());
     carry_ = carver_.take(cell.carry_size());
   }
 
@@ -30,37 +33,58 @@ class LstmBlocks {
 
   void forward(int64_t block) {
     start(block);
-    cell.forward(frame_, gates_, next_);
     alignas(kVectorBytes) Real updates[kBlock];
-    cell.updates(updates);
-    std::copy_n(updates, count_, a_.updates + first_);
-    for (int64_t plane = 0; plane < 2 * a_.rule->layers; ++plane)
-      write(cell.carried(next_) + plane * hidden_ * kBlock, a_.next, plane);
+    for (int64_t k = 0; k < a_.steps; ++k) {
+      step(k, frame(k + 1));
+      cell.updates(updates);
+      std::copy_n(updates, count_, a_.updates + k * a_.coordinates + first_);
+    }
+    for_each_plane(
+        [&](int64_t plane, int64_t at) { write(cell.carried(frame(a_.steps)) + at, a_.next, plane); });
   }
 
   void backward(int64_t block) {
     start(block);
-    cell.forward(frame_, gates_, nullptr);
+    const int64_t last = a_.steps - 1;
+    for (int64_t k = 0; k <= last; ++k) step(k, k < last ? frame(k + 1) : nullptr);
+    for_each_plane([&](int64_t plane, int64_t at) { read(a_.d_next, plane, carry_ + at); });
     alignas(kVectorBytes) Real d_updates[kBlock] = {}, d_grads[kBlock];
-    if (a_.d_updates != nullptr) std::copy_n(a_.d_updates + first_, count_, d_updates);
-    for (int64_t plane = 0; plane < 2 * a_.rule->layers; ++plane)
-      read(a_.d_next, plane, carry_ + plane * hidden_ * kBlock);
-    cell.backward(frame_, gates_, d_updates, carry_, d_grads);
-    for (int64_t plane = 0; plane < 2 * a_.rule->layers; ++plane)
-      write(carry_ + plane * hidden_ * kBlock, a_.d_state, plane);
-    std::copy_n(d_grads, count_, a_.d_grads + first_);
+    for (int64_t k = last; k >= 0; --k) {
+      const int64_t row = k * a_.coordinates + first_;
+      if (a_.d_updates != nullptr) std::copy_n(a_.d_updates + row, count_, d_updates);
+      if (k < last) cell.restore(frame(k), gates(k), from_zero(k));
+      cell.backward(frame(k), gates(k), d_updates, carry_, d_grads, from_zero(k), true);
+      std::copy_n(d_grads, count_, a_.d_grads + row);
+    }
+    for_each_plane([&](int64_t plane, int64_t at) { write(carry_ + at, a_.d_state, plane); });
   }
 
  private:
-  // The block's frame.
+  Real* frame(int64_t k) const { return frames_ + k % frames_kept_ * cell.frame_size(); }
+  Real* gates(int64_t k) const { return gates_ + k % gates_kept_ * cell.gates_size(); }
+  bool from_zero(int64_t k) const { return k == 0 && zero_; }
+  template <class Visit>
+  void for_each_plane(const Visit& visit) const {
+    for (int64_t plane = 0; plane < 2 * a_.rule->layers; ++plane) visit(plane, plane * hidden_ * kBlock);
+  }
+
+  // The block's first frame.
   void start(int64_t block) {
     first_ = block * kBlock;
     count_ = std::min(kBlock, a_.coordinates - first_);
-    Real* const grads = cell.grads(frame_);
-    std::copy_n(a_.grads + first_, count_, grads);
+    Real* const carried = cell.carried(frame(0));
+    for_each_plane([&](int64_t plane, int64_t at) { read(a_.state, plane, carried + at); });
+    zero_ = true;
+    for (int64_t l = 0; l < a_.rule->layers; ++l) {
+      const Real* const h = cell.hidden(carried, l);
+      for (int64_t i = 0; zero_ && i < hidden_ * kBlock; ++i) zero_ = h[i] == 0;
+    }
+  }
+  void step(int64_t k, Real* next) {
+    Real* const grads = cell.grads(frame(k));
+    std::copy_n(a_.grads + k * a_.coordinates + first_, count_, grads);
     std::fill(grads + count_, grads + kBlock, Real(0));
-    for (int64_t plane = 0; plane < 2 * a_.rule->layers; ++plane)
-      read(a_.state, plane, cell.carried(frame_) + plane * hidden_ * kBlock);
+    cell.forward(frame(k), gates(k), next, from_zero(k));
   }
 
   // Plane number `plane` of a (.., N, H) as (H, block); zeros where it is null and beyond the last
@@ -178,29 +202,30 @@ class LstmBlocks {
 #endif
 
   const Lstm<Real>& a_;
-  int64_t hidden_, first_ = 0, count_ = 0;
+  int64_t hidden_, first_ = 0, count_ = 0, frames_kept_, gates_kept_;
+  bool zero_ = false;
   Carver<Real> carver_;
-  Real *frame_, *next_, *gates_, *carry_;
+  Real *frames_, *gates_, *carry_;
 
  public:
   LstmCell<Real> cell;
 };
 
 template <class Real>
-int64_t lstm_workspace(const Lstm<Real>& lstm) {
-  return LstmBlocks<Real>(lstm, nullptr).size();
+int64_t lstm_workspace(const Lstm<Real>& lstm, bool backward) {
+  return LstmBlocks<Real>(lstm, backward, nullptr).size();
 }
 
 template <class Real>
 void lstm_forward(const Lstm<Real>& lstm, int64_t begin, int64_t end, Real* workspace) {
-  LstmBlocks<Real> blocks(lstm, workspace);
+  LstmBlocks<Real> blocks(lstm, false, workspace);
   blocks.cell.pack(false);
   for (int64_t b = begin; b < end; ++b) blocks.forward(b);
 }
 
 template <class Real>
 void lstm_backward(const Lstm<Real>& lstm, int64_t begin, int64_t end, Real* d_weights, Real* workspace) {
-  LstmBlocks<Real> blocks(lstm, workspace);
+  LstmBlocks<Real> blocks(lstm, true, workspace);
   blocks.cell.pack(true);
   blocks.cell.begin();
   for (int64_t b = begin; b < end; ++b) blocks.backward(b);

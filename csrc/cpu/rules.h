@@ -137,7 +137,7 @@ class LearnedRule {
     to_coordinates(g);
     for (int64_t b = 0; b < blocks_; ++b) {
       std::copy_n(user_ + b * kBlock, kBlock, cell_.grads(frame(k, b)));
-      cell_.forward(frame(k, b), gates(k, b), k + 1 < job_.steps ? frame(k + 1, b) : nullptr);
+      cell_.forward(frame(k, b), gates(k, b), k + 1 < job_.steps ? frame(k + 1, b) : nullptr, from_zero(k));
       cell_.updates(result_ + b * kBlock);
     }
     for (int64_t i = 0; i < job_.program->params; ++i)
@@ -150,12 +150,12 @@ class LearnedRule {
     for (int64_t b = 0; b < blocks_; ++b) {
       for (int64_t i = 0; i < kBlock; ++i) d_updates[i] = -job_.rate * user_[b * kBlock + i];
       if (gates_kept_) {
-        cell_.restore(frame(k, b), gates(k, b));
+        cell_.restore(frame(k, b), gates(k, b), from_zero(k));
       } else {
-        cell_.forward(frame(k, b), gates(k, b), nullptr);
+        cell_.forward(frame(k, b), gates(k, b), nullptr, from_zero(k));
       }
       cell_.backward(frame(k, b), gates(k, b), d_updates, carry_ + b * cell_.carry_size(),
-                     result_ + b * kBlock);
+                     result_ + b * kBlock, from_zero(k), !from_zero(k));
     }
     if (job_.first_order) return {nullptr, 0};
     for (int64_t i = 0; i < job_.program->params; ++i)
@@ -189,6 +189,7 @@ class LearnedRule {
   Real* gates(int64_t k, int64_t b) const {
     return gates_kept_ ? gates_ + (k * blocks_ + b) * cell_.gates_size() : gates_;
   }
+  bool from_zero(int64_t k) const { return k == 0 && job_.learned->weights->start == nullptr; }
   bool moves(int64_t i) const {
     const int64_t p = job_.learned->place[i];
     return p >= 0 && p < coordinates_;

@@ -40,8 +40,10 @@ void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
   TORCH_CHECK_VALUE(state.dim() == 4, "state: expected (L, 2, N, H), got ", state.sizes());
   const int64_t layers = state.size(0), hidden = state.size(3);
   check_lstm_weights(weights, hidden, layers, grads.scalar_type());
-  check_one("grads", grads, {grads.numel()});
-  check_one("state", state, {layers, 2, grads.numel(), hidden});
+  TORCH_CHECK_VALUE(grads.dim() == 1 || (grads.dim() == 2 && grads.size(0) > 0),
+                    "grads: expected (N,), or (K, N) of at least one step, got ", grads.sizes());
+  check_one("grads", grads, grads.sizes());
+  check_one("state", state, {layers, 2, grads.size(-1), hidden});
 }
 
 // The arguments as memory, held as long as this.
@@ -54,7 +56,8 @@ struct Held {
   Held(const Tensor& grads, const Tensor& state, at::TensorList w, double p)
       : weights(w, state.size(3), state.size(0), p) {
     lstm.rule = &*weights;
-    lstm.coordinates = grads.numel();
+    lstm.steps = grads.dim() == 2 ? grads.size(0) : 1;
+    lstm.coordinates = grads.size(-1);
     lstm.grads = hold(grads);
     lstm.state = hold(state);
   }
@@ -69,11 +72,11 @@ constexpr int64_t kBlocksAThread = 16;  // below them a second thread costs more
 
 // run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
 template <class Real, class Run>
-int64_t for_each_part(const Lstm<Real>& a, const at::TensorOptions& options, const Run& run) {
+int64_t for_each_part(const Lstm<Real>& a, bool backward, const at::TensorOptions& options, const Run& run) {
   const int64_t blocks = lstm_blocks<Real>(a.coordinates);
   const int64_t parts = std::min(blocks, kMostParts);
   const int64_t threads = std::clamp<int64_t>(blocks / kBlocksAThread, 1, at::get_num_threads());
-  const int64_t size = functions<Real>().workspace(a);
+  const int64_t size = functions<Real>().workspace(a, backward);
   const Tensor workspaces = at::empty({threads, size}, options);
   Real* const memory = workspaces.mutable_data_ptr<Real>();
   // torch's own threads, not the pool of the engine: torch's operations around this one leave them spinning
@@ -98,9 +101,10 @@ std::tuple<Tensor, Tensor> lstm_update(const Tensor& grads, const Tensor& state,
     Held<Real> held(grads, state, weights, p);
     held.lstm.updates = updates.mutable_data_ptr<Real>();
     held.lstm.next = next.mutable_data_ptr<Real>();
-    for_each_part(held.lstm, grads.options(), [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
-      functions<Real>().forward(held.lstm, begin, end, workspace);
-    });
+    for_each_part(held.lstm, false, grads.options(),
+                  [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
+                    functions<Real>().forward(held.lstm, begin, end, workspace);
+                  });
   };
   grads.scalar_type() == at::kFloat ? run(float()) : run(double());
   return {updates, next};
@@ -134,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tens
     a.d_grads = d_grads.mutable_data_ptr<Real>();
     a.d_state = d_state.mutable_data_ptr<Real>();
     std::vector<Real> rows(size_t(kMostParts * count));
-    const int64_t parts =
-        for_each_part(a, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
+    const int64_t parts = for_each_part(
+        a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
           functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
         });
     Real* const sums = d_weights.mutable_data_ptr<Real>();

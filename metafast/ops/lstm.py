@@ -54,8 +54,8 @@ def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p:
     check_range(p)
     if not isinstance(weights, (Sequence, torch.nn.ParameterList)):
         raise TypeError(f"weights: expected a sequence of tensors, got {_check.describe(weights)}")
-    if grads.dim() != 1 or not grads.is_floating_point():
-        raise ValueError(f"grads: expected a floating tensor of shape (N,), got {_check.describe(grads)}")
+    if grads.dim() not in (1, 2) or not grads.is_floating_point() or grads.shape[:-1] == (0,):
+        raise ValueError(f"grads: expected a floating tensor of shape (N,) or (K, N), got {_check.describe(grads)}")
     count = len(weights)
     if count < 5 or count % 3 != 2:
         raise ValueError(f"weights: expected 3 tensors a layer (inputs, hidden, bias) and 2 of the output, got {count}")
@@ -73,7 +73,7 @@ def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p:
     for index, (weight, shape) in enumerate(zip(weights, shapes)):
         if tuple(weight.shape) != shape:
             raise ValueError(f"weights[{index}]: expected shape {shape}, got {_check.describe(weight)}")
-    wanted = (layers, 2, grads.shape[0], hidden)
+    wanted = (layers, 2, grads.shape[-1], hidden)
     if tuple(state.shape) != wanted:
         raise ValueError(f"state: expected shape {wanted} (L, 2, N, H), got {_check.describe(state)}")
     _check.like("state", state, dtype=grads.dtype, device=grads.device, owner="grads")
@@ -83,16 +83,17 @@ def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p:
 def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: float = 10.0) -> tuple[Tensor, Tensor]:
     """Updates and next state of the coordinatewise LSTM; differentiable in all its tensors.
 
-    The equations stand in :class:`metafast.LSTMOptimizer`.
+    The equations stand in :class:`metafast.LSTMOptimizer`. K steps at once are those of K calls, each from the state
+    that the one before left; the CPU's kernels keep a block of coordinates in the cache through all of them.
 
     Args:
-        grads: (N,) gradients, a coordinate each.
+        grads: (N,) gradients, a coordinate each, or (K, N) for K steps, at least one.
         state: (L, 2, N, H), [l, 0] the hidden and [l, 1] the cell state of layer l.
         weights: for each layer (4H, inputs), (4H, H), (4H,) in gate order i, f, m, o; then (H,) and () of the output.
         p: range of the log/sign preprocessing.
 
     Returns:
-        (N,) updates and the (L, 2, N, H) state after the step; ``state`` itself is not changed.
+        Updates like ``grads`` and the (L, 2, N, H) state after the last step; ``state`` itself is not changed.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named by argument.
@@ -105,14 +106,25 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
         torch.Size([3])
     """
     layers = _check_arguments(grads, state, weights, p)
-    if layers <= MOST_LAYERS and _native.runs("grads", grads, state, *weights, kernels=_KERNELS):
+    if layers <= MOST_LAYERS and _native.runs("grads", grads, state, *weights, kernels=_kernels(grads)):
         updates, carried = torch.ops.metafast.lstm_update(grads, state, list(weights), p)
         return updates, carried
     return _twin(grads, state, list(weights), p)
 
 
+def _kernels(grads: Tensor) -> tuple[str, ...]:
+    """The backends whose kernels take so many steps at once."""
+    return _KERNELS if grads.dim() == 1 else ("cpu",)
+
+
 def _twin(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tuple[Tensor, Tensor]:
     """The operator in PyTorch's own operations."""
+    if grads.dim() == 2:
+        steps = []
+        for row in grads:
+            updates, state = _twin(row, state, weights, p)
+            steps.append(updates)
+        return torch.stack(steps), state
     z = preprocess(grads, p)
     carried = []
     for layer in range(state.shape[0]):
@@ -184,7 +196,7 @@ def lstm_vjp(
     """Cotangents of grads, state and each of the weights for those of the updates and of the next state; unchecked."""
     cotangents = [d for d in (d_updates, d_next) if d is not None]
     tensors = (grads, state, *weights, *cotangents)
-    native = state.shape[0] <= MOST_LAYERS and _native.runs("grads", *tensors, kernels=_KERNELS)
+    native = state.shape[0] <= MOST_LAYERS and _native.runs("grads", *tensors, kernels=_kernels(grads))
     run = torch.ops.metafast.lstm_update_backward if native else _twin_backward
     d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p)
     parts = flat.split([w.numel() for w in weights])
@@ -211,14 +223,15 @@ def _batched(
             for b in range(info.batch_size)
         ]
         return (torch.stack([u for u, _ in each]), torch.stack([s for _, s in each])), (0, 0)
-    grads = grads.expand(info.batch_size, -1) if in_dims[0] is None else grads.movedim(in_dims[0], 0)
-    state = (
-        state.unsqueeze(0).expand(info.batch_size, *state.shape) if in_dims[1] is None else state.movedim(in_dims[1], 0)
-    )
-    batch, count = grads.shape
-    joined = state.movedim(0, 2).reshape(*state.shape[1:3], batch * count, state.shape[-1])
-    updates, carried = torch.ops.metafast.lstm_update(grads.reshape(-1), joined, weights, p)
-    return (updates.view(batch, count), carried.view(*joined.shape[:2], batch, count, joined.shape[-1])), (0, 2)
+    size = info.batch_size
+    # The batch right before the coordinates: (K, B, N) or (B, N).
+    grads = grads.expand(size, *grads.shape) if in_dims[0] is None else grads.movedim(in_dims[0], 0)
+    grads = grads.movedim(0, -2)
+    state = state.unsqueeze(0).expand(size, *state.shape) if in_dims[1] is None else state.movedim(in_dims[1], 0)
+    joined = state.movedim(0, 2).flatten(2, 3)
+    updates, carried = torch.ops.metafast.lstm_update(grads.flatten(-2), joined, weights, p)
+    split = carried.unflatten(2, (size, joined.shape[2] // size))
+    return (updates.view(grads.shape), split), (grads.dim() - 2, 2)
 
 
 _LIBRARY.impl("lstm_update", _twin, "CompositeExplicitAutograd")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.reference.lstm import lstm_step
+from tests.backends import LEARNER_BACKENDS
 from tests.backends import native as needs_kernels
 
 BAR = 1e-10
@@ -56,6 +57,51 @@ def test_three_steps_and_their_gradients(coordinates: int, hidden: int, layers: 
         results.append([update.detach(), carried.detach(), *torch.autograd.grad(total, [g, s, *weights])])
     for found, wanted in zip(*results):
         assert relative_error(found, wanted) < BAR
+
+
+@pytest.mark.parametrize("backend", LEARNER_BACKENDS)
+@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize(("coordinates", "hidden", "layers"), [(1, 1, 1), (33, 20, 2), (257, 7, 3)])
+def test_all_steps_at_once(coordinates: int, hidden: int, layers: int, from_zero: bool, backend: str) -> None:
+    """(K, N) gradients are K calls; a state of zeros, from which a step has less to do, has its gradient too."""
+    optimizer, first, state = problem(coordinates, hidden, layers)
+    grads = torch.stack([first, -first.flip(0), 0.3 * first, first])
+    if from_zero:
+        state = torch.zeros_like(state)
+    weights = list(optimizer.weights)
+    results = []
+    for at_once in (True, False):
+        g, s = grads.clone().requires_grad_(), state.clone().requires_grad_()
+        if at_once:
+            with mf.use_backend(backend):
+                updates, carried = mf.ops.lstm_update(g, s, weights, p=optimizer.p)
+        else:
+            carried, rows = s, []
+            for row in g:
+                update, carried = lstm_step(row, carried, weights, optimizer.p)
+                rows.append(update)
+            updates = torch.stack(rows)
+        total = (updates * torch.arange(1, grads.numel() + 1).view_as(grads)).sum() + (carried**2).sum()
+        results.append([updates.detach(), carried.detach(), *torch.autograd.grad(total, [g, s, *weights])])
+    for found, wanted in zip(*results):
+        assert relative_error(found, wanted) <= BAR
+
+
+@needs_kernels
+def test_all_steps_at_once_as_an_operator() -> None:
+    optimizer, first, state = problem(5, 3, 2)
+    grads = torch.stack([first, 2 * first]).requires_grad_()
+    arguments = (grads, state.requires_grad_(), list(optimizer.weights), optimizer.p)
+    torch.library.opcheck(torch.ops.metafast.lstm_update.default, arguments)
+    batch = torch.stack([grads, -grads, 0.5 * grads], dim=1).detach()  # (K, B, N)
+    updates, carried = torch.vmap(
+        lambda g: mf.ops.lstm_update(g, state, list(optimizer.weights), p=optimizer.p), in_dims=1
+    )(batch)
+    for b in range(3):
+        one = mf.ops.lstm_update(batch[:, b], state, list(optimizer.weights), p=optimizer.p)
+        assert torch.equal(updates[b], one[0]) and torch.equal(carried[b], one[1])
+    with pytest.raises(ValueError, match=r"^grads: expected a floating tensor of shape \(N,\) or \(K, N\)"):
+        mf.ops.lstm_update(grads[:0], state, list(optimizer.weights))
 
 
 @needs_kernels

@@ -134,7 +134,7 @@ def test_lstm_gradients_are_finite_at_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("grads", {"grads": torch.zeros(3, 1)}),
+        ("grads", {"grads": torch.zeros(2, 3, 1)}),
         ("grads", {"grads": torch.zeros(3, dtype=torch.int64)}),
         ("state", {"state": torch.zeros(2, 2, 4, 5)}),
         ("weights", {"weights": [torch.zeros(1)] * 4}),
