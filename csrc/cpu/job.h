@@ -4,6 +4,7 @@
 
 #include "../engine/program.h"
 #include "../lstm.h"
+#include "../prototypes.h"
 #include "team.h"
 
 namespace metafast::cpu {
@@ -15,6 +16,7 @@ enum class What : int32_t {
   hvp,        // gradient = H(phi) vector                                            on `support`
   meta_step,  // inner loop on `support`, loss and logits on `query`, and the gradient of the loss (or, with a
               // cotangent, of <cotangent, logits>) with respect to theta where gradient is not null
+  prototypes,  // the same of Prototypical Networks: theta embeds support and query, `head` compares them
 };
 
 // Where a thread's buffers lie, in elements from the start of its workspace.
@@ -43,6 +45,12 @@ struct LearnedStep {
   const int64_t* place;  // (params,): which coordinate a parameter is; one that is none, out of their range
 };
 
+// Classes are nearest means; logits are (T, Nq, ways).
+struct HeadShape {
+  int64_t supports, queries, ways;
+  Metric metric;
+};
+
 template <class Real>
 struct Job {
   What what;
@@ -68,6 +76,7 @@ struct Job {
   Real rate;
   const Real* rates;
   int64_t rates_stride;
+  const HeadShape* head;             // prototypes
   const LearnedStep<Real>* learned;  // in place of the rates, unless null
   int64_t truncate;  // steps k = truncate, 2 truncate, ... take phi_k and s_k for constants; 0: none
   // (steps,): the loss is sum_k query_weights[k - 1] L_query(phi_k); null: L_query(phi_K).

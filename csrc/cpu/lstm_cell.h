@@ -23,6 +23,7 @@
 
 #include "../engine/program.h"
 #include "../lstm.h"
+#include "carver.h"
 #include "layers/math.h"
 #include "layers/multiply.h"
 
@@ -31,24 +32,6 @@ namespace METAFAST_ISA {
 
 inline float natural_log(float x) { return __builtin_logf(x); }
 inline double natural_log(double x) { return __builtin_log(x); }
-
-// Hands out a workspace in whole vectors; with none it only counts.
-template <class Real>
-class Carver {
- public:
-  explicit Carver(Real* workspace) : workspace_(workspace) {}
-  Real* take(int64_t count) {
-    constexpr int64_t kVector = kVectorBytes / int64_t(sizeof(Real));
-    Real* const at = workspace_ == nullptr ? nullptr : workspace_ + size_;
-    size_ += (count + kVector - 1) / kVector * kVector;
-    return at;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  Real* workspace_;
-  int64_t size_ = 0;
-};
 
 template <class Real>
 class LstmCell {

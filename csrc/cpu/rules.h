@@ -16,7 +16,7 @@ namespace METAFAST_ISA {
 
 // lam' = lam + factor H along.
 template <class Real>
-struct Pull {
+struct Pulled {
   const Real* along;
   Real factor;
 };
@@ -67,7 +67,7 @@ class PlainRule {
   }
 
   // Adds to the rule's own gradient; `direction` is a buffer.
-  Pull<Real> pull(int64_t k, const Real* lam, const Real* g, Real* direction) {
+  Pulled<Real> pull(int64_t k, const Real* lam, const Real* g, Real* direction) {
     if (gradient_ != nullptr) {
       Real* const row = gradient_ + (uneven_ ? k * params_ : 0);
       const bool begins = uneven_ || k == job_.steps - 1;
@@ -144,7 +144,7 @@ class LearnedRule {
       to[i] = moves(i) ? from[i] - job_.rate * result_[job_.learned->place[i]] : from[i];
   }
 
-  Pull<Real> pull(int64_t k, const Real* lam, const Real*, Real* direction) {
+  Pulled<Real> pull(int64_t k, const Real* lam, const Real*, Real* direction) {
     to_coordinates(lam);
     alignas(kVectorBytes) Real d_updates[kBlock];
     for (int64_t b = 0; b < blocks_; ++b) {
@@ -209,12 +209,6 @@ class LearnedRule {
   LstmCell<Real> cell_;
   Real *frames_, *gates_, *carry_, *user_, *result_;
 };
-
-// Elements of workspace that the job's rule takes.
-template <class Real>
-int64_t rule_workspace(const Job<Real>& job, bool wants_gradient) {
-  return job.learned == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
-}
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

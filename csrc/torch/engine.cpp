@@ -16,6 +16,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/pool.h"
 #include "lstm_weights.h"
+#include "metric.h"
 
 namespace metafast {
 
@@ -106,7 +107,8 @@ template <class Real>
 class Engine::Call {
  public:
   Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps, bool query_losses = false, const cpu::LearnedStep<Real>* learned = nullptr)
+       int64_t steps, bool query_losses = false, const cpu::LearnedStep<Real>* learned = nullptr,
+       const cpu::HeadShape* head = nullptr)
       : engine_(engine) {
     job.what = what;
     job.program = &engine.plan_.program();
@@ -114,6 +116,7 @@ class Engine::Call {
     job.steps = steps;
     job.batches = 1;
     job.learned = learned;
+    job.head = head;
     const int64_t rule = functions<Real>().rule_workspace(job, wants_gradient);
     job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses, rule);
   }
@@ -170,10 +173,10 @@ int64_t Engine::check_x(const char* name, const Tensor& x, int64_t tasks) const 
   return x.size(1);
 }
 
-void Engine::check_side(const char* name, const Side& side, int64_t tasks) const {
+void Engine::check_side(const char* name, const Side& side, int64_t tasks, int64_t classes) const {
   const int64_t samples = check_x(name, side.x, tasks);
   const Program& program = plan_.program();
-  const int64_t outputs = program.values[program.value_count - 1].c;
+  const int64_t outputs = classes > 0 ? classes : program.values[program.value_count - 1].c;
   TORCH_CHECK_VALUE(side.y.device().is_cpu(), name, ": expected targets on the CPU, got ", side.y.device());
   if (program.loss == LossKind::cross_entropy) {
     TORCH_CHECK_TYPE(side.y.scalar_type() == at::kLong, name, ": expected int64 labels, got ",
@@ -287,6 +290,8 @@ void Engine::check_inner(const Inner& inner, int64_t shots) const {
   TORCH_CHECK_VALUE(inner.steps >= 0, "steps: expected at least 0, got ", inner.steps);
   TORCH_CHECK_VALUE(inner.batch >= 0 && (inner.batch == 0 || shots % inner.batch == 0),
                     "batch: expected a divisor of the ", shots, " support samples, got ", inner.batch);
+  TORCH_CHECK_VALUE(inner.ways == 0 || plan_.program().loss == LossKind::cross_entropy,
+                    "ways: expected 0 with a loss that is not cross_entropy, got ", inner.ways);
   TORCH_CHECK_VALUE(inner.truncate >= 0, "truncate: expected at least 0, got ", inner.truncate);
   TORCH_CHECK_VALUE(inner.query_weights.empty() || int64_t(inner.query_weights.size()) == inner.steps,
                     "query_weights: expected ", inner.steps, " numbers, one a step, got ",
@@ -330,7 +335,8 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const at::TensorOptions options = theta.options();
   Unrolled result;
   result.outcome.losses = at::empty({tasks}, options);
-  result.outcome.logits = at::empty({tasks, queries, outputs}, options);
+  const bool compares = inner.ways > 0;
+  result.outcome.logits = at::empty({tasks, queries, compares ? inner.ways : outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
   if (wants_gradient) result.gradient = at::empty({tasks, program.params}, options);
   if (wants_rate_gradient) {
@@ -352,8 +358,10 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
         learned.place = place.data();
       }
     }
-    Call<Real> call(*this, What::meta_step, wants_gradient, tasks, inner.steps > 0 ? batch : 0, queries,
-                    inner.steps, !inner.query_weights.empty(), lstm ? &learned : nullptr);
+    const cpu::HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
+    Call<Real> call(*this, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
+                    inner.steps > 0 ? batch : 0, compares ? shots + queries : queries, inner.steps,
+                    !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr);
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -44,6 +45,9 @@ struct Inner {
   std::vector<at::Tensor> lstm;
   double p;
   std::optional<at::Tensor> moves;
+  // Above 0: no inner loop, but Prototypical Networks of so many classes, by this metric's name.
+  int64_t ways;
+  std::string metric;
 
   int64_t lstm_layers() const { return int64_t(lstm.size() - 2) / 3; }
   int64_t lstm_hidden() const { return lstm[size_t(3 * lstm_layers())].numel(); }
@@ -105,7 +109,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) const;
   int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks) const;  // N
-  void check_side(const char* name, const Side& side, int64_t tasks) const;
+  // Labels are below `classes`, or below the network's outputs where that is 0.
+  void check_side(const char* name, const Side& side, int64_t tasks, int64_t classes = 0) const;
   void check_inner(const Inner& inner, int64_t shots) const;
   void check_moves(const at::Tensor& moves) const;
   // (params,): which of `moves` each parameter is, -1: none.

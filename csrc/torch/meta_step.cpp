@@ -150,8 +150,8 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
   Tensor w;
   {
     const at::NoGradGuard no_grad;
-    check_side("support", support, support.x.size(0));
-    check_side("query", query, support.x.size(0));
+    check_side("support", support, support.x.size(0), inner.ways);
+    check_side("query", query, support.x.size(0), inner.ways);
     const Tensor theta = flatten(params);
     w = weights_or_mean(weights, support.x.size(0), theta.options());
     run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates);
@@ -215,8 +215,8 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
                                const Side& support, const Side& query, const Inner& inner,
                                const std::optional<Tensor>& weights) {
   const at::NoGradGuard no_grad;
-  check_side("support", support, support.x.size(0));
-  check_side("query", query, support.x.size(0));
+  check_side("support", support, support.x.size(0), inner.ways);
+  check_side("query", query, support.x.size(0), inner.ways);
   const Tensor theta = flatten(params);
   const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
   Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false);

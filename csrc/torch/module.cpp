@@ -41,9 +41,11 @@ Outcome meta(Engine& engine, const Params& params, const MaybeTensor& constants,
              const Tensor& support_y, const Tensor& query_x, const Tensor& query_y, int64_t steps,
              double rate, const MaybeTensor& rates, bool first_order, int64_t batch,
              const std::vector<double>& query_weights, int64_t truncate, const std::vector<Tensor>& lstm,
-             double p, const MaybeTensor& moves, const MaybeTensor& weights) {
+             double p, const MaybeTensor& moves, const MaybeTensor& weights, int64_t ways,
+             const std::string& metric) {
   const py::gil_scoped_release release;
-  const Inner inner{steps, rate, rates, first_order, batch, query_weights, truncate, lstm, p, moves};
+  const Inner inner{steps,    rate, rates, first_order, batch, query_weights,
+                    truncate, lstm, p,     moves,       ways,  metric};
   return as_tuple((engine.*function)(params, or_none(constants), {support_x, support_y}, {query_x, query_y},
                                      inner, weights));
 }

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "metric.h"
 
 namespace metafast {
 namespace {
@@ -33,14 +34,6 @@ constexpr cpu::IsaTables<cpu::PrototypeTable> kTables = METAFAST_ISA_TABLES(cpu:
 template <class Real>
 const cpu::PrototypeFunctions<Real>& functions() {
   return cpu::functions_for<Real>(kTables.current());
-}
-
-Metric metric_of(c10::string_view name) {
-  if (name == "sqeuclidean") return Metric::sqeuclidean;
-  if (name == "euclidean") return Metric::euclidean;
-  TORCH_CHECK_VALUE(name == "cosine", "metric: expected 'sqeuclidean', 'euclidean' or 'cosine', got '", name,
-                    "'");
-  return Metric::cosine;
 }
 
 // The arguments that forward and backward share, contiguous.

@@ -118,6 +118,20 @@ class NativeNetwork:
             0.0 if optimizer is None else optimizer.p,
             None if optimizer is None else optimizer.moves,
             weights,
+            0,
+            "",
+        )
+        return result
+
+    def prototypes(
+        self, episodes: Episodes, ways: int, metric: str, weights: Tensor | None, accumulate: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """loss, losses (T,), logits (T, Nq, ways) and accuracy (T,) of Prototypical Networks, as :meth:`meta_step`."""
+        call = self.engine.accumulate if accumulate else self.engine.meta_step
+        sides = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
+        no_loop = (0, 0.0, None, False, 0, (), 0, (), 0.0, None)
+        result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(
+            self.parameters, self.constants(), *sides, *no_loop, weights, ways, metric
         )
         return result
 

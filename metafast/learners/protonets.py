@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.networks import NativeNetwork
 from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
@@ -55,6 +56,9 @@ class ProtoNets(nn.Module):
             TypeError, ValueError: episodes or weights that do not fit the encoder, before any work.
         """
         ways = self._check(episodes, weights)
+        network = self._one_call(episodes, weights)
+        if network is not None:
+            return Outcome(*network.prototypes(episodes, ways, self.metric, weights))
         shots = episodes.support_x.shape[1]
         # Together through the encoder, so that batch statistics are the episode's.
         embedded = self._embed(torch.cat([episodes.support_x, episodes.query_x], dim=1))
@@ -64,10 +68,20 @@ class ProtoNets(nn.Module):
 
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``."""
+        ways = self._check(episodes, weights)
+        network = self._one_call(episodes, weights)
+        if network is not None:
+            return Outcome(*network.prototypes(episodes, ways, self.metric, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
         out.loss.backward()
         return out.detach()
+
+    def _one_call(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
+        """The native encoder, where the step and its gradient are one call of it."""
+        if weights is not None and weights.requires_grad:
+            return None
+        return self._task.native(episodes.support_x)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> AdaptedPrototypes:
         """The class means of T tasks from support_x (T, Ns, ...) and support_y (T, Ns); no gradient step.

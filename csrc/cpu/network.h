@@ -1,0 +1,267 @@
+// A Program on one pass's buffers: forward, backward and their tangents, layer by layer.
+#pragma once
+
+#include "job.h"
+#include "layers/activation.h"
+#include "layers/add.h"
+#include "layers/avg_pool.h"
+#include "layers/batch_norm.h"
+#include "layers/batch_norm_relu_pool.h"
+#include "layers/conv.h"
+#include "layers/flatten.h"
+#include "layers/group_norm.h"
+#include "layers/layer_norm.h"
+#include "layers/linear_narrow.h"
+#include "layers/loss.h"
+#include "layers/max_pool.h"
+
+namespace metafast::cpu {
+namespace METAFAST_ISA {
+
+template <class Real>
+inline const LayerFunctions<Real>& functions_of(Kind kind) {
+  switch (kind) {
+    case Kind::linear:
+    case Kind::conv2d:
+      return kConv<Real>;
+    case Kind::batch_norm:
+      return kBatchNorm<Real>;
+    case Kind::layer_norm:
+      return kLayerNorm<Real>;
+    case Kind::group_norm:
+      return kGroupNorm<Real>;
+    case Kind::relu:
+      return kActivation<Real, Relu>;
+    case Kind::leaky_relu:
+      return kActivation<Real, LeakyRelu>;
+    case Kind::elu:
+      return kActivation<Real, Elu>;
+    case Kind::tanh:
+      return kActivation<Real, Tanh>;
+    case Kind::sigmoid:
+      return kActivation<Real, Sigmoid>;
+    case Kind::gelu:
+      return kActivation<Real, Gelu>;
+    case Kind::gelu_tanh:
+      return kActivation<Real, GeluTanh>;
+    case Kind::silu:
+      return kActivation<Real, Silu>;
+    case Kind::softplus:
+      return kActivation<Real, Softplus>;
+    case Kind::max_pool:
+      return kMaxPool<Real>;
+    case Kind::avg_pool:
+      return kAvgPool<Real>;
+    case Kind::flatten:
+      return kFlatten<Real>;
+    case Kind::add:
+      return kAdd<Real>;
+    case Kind::batch_norm_relu_pool:
+      return kBatchNormReluPool<Real>;
+    case Kind::linear_narrow:
+      return kLinearNarrow<Real>;
+  }
+  __builtin_unreachable();
+}
+
+// Share of samples whose largest output is their label's; the first of equals counts, as torch.argmax has it.
+// Rows of outputs lie `stride` apart.
+template <class Real>
+Real accuracy_of(const Real* rows, int64_t samples, int64_t outputs, int64_t stride, const int64_t* labels) {
+  int64_t right = 0;
+  for (int64_t n = 0; n < samples; ++n, rows += stride) {
+    int64_t best = 0;
+    for (int64_t c = 1; c < outputs; ++c) best = rows[c] > rows[best] ? c : best;
+    right += best == labels[n];
+  }
+  return Real(right) / Real(samples);
+}
+
+// A Program on one pass's buffers: one task's samples at one set of parameters.
+template <class Real>
+struct Network {
+  const Program& program;
+  const Pass& pass;
+  const Team* team;
+  Real* workspace;
+  Real* kept;  // where what a Hessian-vector product needs from forward and backward lies, as workspace
+  const Real* input;  // value 0
+  const Real* w;      // (params,)
+
+  Real* at(int64_t offset) const { return offset < 0 ? nullptr : workspace + offset; }
+  Real* kept_at(int64_t offset) const { return offset < 0 ? nullptr : kept + offset; }
+  const Real* value(int32_t v) const { return v == 0 ? input : kept + pass.value[v]; }
+  Real* adjoint(int32_t v) const { return kept_at(pass.adjoint[v]); }
+  Real* tangent(int32_t v) const { return at(pass.tangent[v]); }
+  Real* tadjoint(int32_t v) const { return at(pass.tadjoint[v]); }
+  int32_t last() const { return program.value_count - 1; }
+  const Value& output() const { return program.values[last()]; }
+
+  // The task's inputs (N, C, H, W) as value 0; where they lie that way already, they are used as they are.
+  void set_input(const Real* x) {
+    const Value& v = program.values[0];
+    if (pass.value[0] < 0) {
+      input = x;
+      return;
+    }
+    Real* to = workspace + pass.value[0];
+    for (int64_t n = 0; n < pass.samples; ++n) {
+      for (int64_t c = 0; c < v.c; ++c) {
+        for (int64_t i = 0; i < v.h; ++i) {
+          Real* row = to + v.origin + n * v.sample + i * v.row + c;
+          for (int64_t j = 0; j < v.w; ++j) row[j * v.pixel] = *x++;
+        }
+      }
+    }
+    input = to;
+  }
+
+  Call<Real> call(int32_t index, const Real* tw, Real* dw, Real* tdw) const {
+    const Layer& l = program.layers[index];
+    const bool has = l.params > 0;
+    Call<Real> c{};
+    c.layer = &l;
+    c.in = &program.values[l.in];
+    c.in1 = l.in1 < 0 ? nullptr : &program.values[l.in1];
+    c.out = &program.values[l.out];
+    c.samples = pass.samples;
+    c.w = has ? w + l.param : nullptr;
+    c.tw = has && tw != nullptr ? tw + l.param : nullptr;
+    c.dw = has && dw != nullptr ? dw + l.param : nullptr;
+    c.tdw = has && tdw != nullptr ? tdw + l.param : nullptr;
+    c.x = value(l.in);
+    c.tx = l.in == 0 ? nullptr : tangent(l.in);
+    if (l.in1 >= 0) {
+      c.x1 = value(l.in1);
+      c.tx1 = l.in1 == 0 ? nullptr : tangent(l.in1);
+    }
+    c.y = kept + pass.value[l.out];
+    c.ty = tangent(l.out);
+    c.dy = adjoint(l.out);
+    c.tdy = tadjoint(l.out);
+    c.saved = kept_at(pass.saved[index]);
+    c.tsaved = at(pass.tsaved[index]);
+    c.scratch = at(pass.scratch);
+    c.team = team;
+    c.last_lane = c.out->pixel;
+    return c;
+  }
+
+  // One of a layer's functions, by the team where it is one that the team shares.
+  void run(const LayerFunctions<Real>& functions,
+           typename LayerFunctions<Real>::Function LayerFunctions<Real>::* which, const Call<Real>& c) const {
+    const auto function = functions.*which;
+    constexpr double kEach = 10;  // operations for an element, roughly
+    const double work = kEach * double(c.samples * c.in->h * c.in->w * c.in->pixel);
+    if (team == nullptr || functions.split == Split::none || functions.split == Split::inside) {
+      function(c);
+    } else if (functions.split == Split::lanes) {
+      in_parts(team, c.last_lane / kLanes<Real>, work, [&](int64_t begin, int64_t end) {
+        Call<Real> part = c;
+        part.first_lane = begin * kLanes<Real>;
+        part.last_lane = end * kLanes<Real>;
+        function(part);
+      });
+    } else {
+      in_parts(team, c.samples, work, [&](int64_t begin, int64_t end) { function(c.part(begin, end)); });
+    }
+  }
+
+  void forward() const {
+    for (int32_t i = 0; i < program.layer_count; ++i) {
+      run(functions_of<Real>(program.layers[i].kind), &LayerFunctions<Real>::fwd,
+          call(i, nullptr, nullptr, nullptr));
+    }
+  }
+
+  // From the output's adjoint to those of all values and to dw (params,), which may be null.
+  void backward(Real* dw) const {
+    for (int32_t i = program.layer_count - 1; i >= 0; --i) {
+      const Layer& l = program.layers[i];
+      if (!l.live) continue;
+      Call<Real> c = call(i, nullptr, dw, nullptr);
+      c.dx = target(l.dx, l.in, adjoint(l.in));
+      c.dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, adjoint(l.in1));
+      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::bwd, c);
+      arrive(l.dx, l.in, c.dx, adjoint(l.in));
+      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.dx1, adjoint(l.in1));
+    }
+  }
+
+  // Tangents of all values along tw (params,), the input's being zero.
+  void forward_tangent(const Real* tw) const {
+    for (int32_t i = 0; i < program.layer_count; ++i) {
+      const Layer& l = program.layers[i];
+      if (l.live) run(functions_of<Real>(l.kind), &LayerFunctions<Real>::tfwd, call(i, tw, nullptr, nullptr));
+    }
+  }
+
+  void backward_tangent(const Real* tw, Real* tdw) const {
+    for (int32_t i = program.layer_count - 1; i >= 0; --i) {
+      const Layer& l = program.layers[i];
+      if (!l.live) continue;
+      Call<Real> c = call(i, tw, nullptr, tdw);
+      c.tdx = target(l.dx, l.in, tadjoint(l.in));
+      c.tdx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, tadjoint(l.in1));
+      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::tbwd, c);
+      arrive(l.dx, l.in, c.tdx, tadjoint(l.in));
+      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.tdx1, tadjoint(l.in1));
+    }
+  }
+
+  // The loss of the outputs; their adjoint where `wants_adjoint`.
+  Real loss(Targets<Real> y, bool wants_adjoint) const {
+    return loss_gradient<Real>(program.loss, output(), pass.samples, value(last()), y,
+                               wants_adjoint ? adjoint(last()) : nullptr, at(pass.scratch));
+  }
+
+  // product = H direction, after forward, loss and backward.
+  void hessian_vector(const Real* direction, Real* product) const {
+    forward_tangent(direction);
+    loss_gradient_tangent<Real>(program.loss, output(), pass.samples, value(last()), tangent(last()),
+                                tadjoint(last()));
+    backward_tangent(direction, product);
+  }
+
+  void set_adjoint(const Real* cotangent) const {
+    const Value& v = output();
+    for (int64_t n = 0; n < pass.samples; ++n) {
+      Real* to = adjoint(last()) + v.origin + n * v.sample;
+      for (int64_t c = 0; c < v.pixel; ++c) to[c] = c < v.c ? cotangent[n * v.c + c] : Real(0);
+    }
+  }
+
+  void copy_outputs(Real* logits) const {
+    const Value& v = output();
+    for (int64_t n = 0; n < pass.samples; ++n) {
+      const Real* from = value(last()) + v.origin + n * v.sample;
+      for (int64_t c = 0; c < v.c; ++c) logits[n * v.c + c] = from[c];
+    }
+  }
+
+  Real accuracy(const int64_t* labels) const {
+    const Value& v = output();
+    return accuracy_of(value(last()) + v.origin, pass.samples, v.c, v.sample, labels);
+  }
+
+ private:
+  Real* target(Destination destination, int32_t v, Real* sum) const {
+    if (destination == Destination::none) return nullptr;
+    return destination == Destination::overwrite ? sum : workspace + pass.extra[v];
+  }
+  void arrive(Destination destination, int32_t v, const Real* extra, Real* to) const {
+    if (destination != Destination::add) return;
+    const int64_t count = pass.samples * program.values[v].sample;
+    for (int64_t i = 0; i < count; i += kLanes<Real>) store(to + i, load(to + i) + load(extra + i));
+  }
+};
+
+// The targets from a sample on, counted through all tasks.
+template <class Real>
+inline Targets<Real> targets_of(const Data<Real>& data, int64_t sample, int64_t outputs) {
+  return {data.labels == nullptr ? nullptr : data.labels + sample,
+          data.values == nullptr ? nullptr : data.values + sample * outputs};
+}
+
+}  // namespace METAFAST_ISA
+}  // namespace metafast::cpu
