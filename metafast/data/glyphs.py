@@ -19,13 +19,13 @@ class Glyphs(ClassTable):
     and slanted), ``variants`` of each, under uniformly random rotation, scale and shift: 28x28, antialiased,
     ink 1 on background 0. The splits share no script:
 
-    ======= ================== ===========================
-    split   scripts            letters, with 24 items each
-    ======= ================== ===========================
-    "train" Latin, Greek       about 1,090
-    "val"   Cyrillic           about 107
-    "test"  Armenian, Georgian about 108
-    ======= ================== ===========================
+        ======= ================== ===========================
+        split   scripts            letters, with 24 items each
+        ======= ================== ===========================
+        "train" Latin, Greek       about 1,090
+        "val"   Cyrillic           about 107
+        "test"  Armenian, Georgian about 108
+        ======= ================== ===========================
 
     The faces have some 1,500 letters in common. Some of them are one picture with several code points (Latin
     A, Greek Alpha, Cyrillic A) or nearly so; of letters that look alike in any face only the first is kept,
