@@ -6,6 +6,7 @@
 # make bench  every workload, into benchmarks/results
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
+# make docs   the documentation into build/docs, without a network; any warning is an error
 # make format let the formatters write
 # Each is complete from a fresh clone: it makes the environment in .venv and builds the extension first.
 
@@ -17,7 +18,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint pytest isas sanitize aarch64 cuda-compile format demo bench peers clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format demo bench peers clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -35,13 +36,17 @@ $(VENV)/extension: $(VENV)/environment setup.py $(NATIVE)
 
 build: $(VENV)/extension
 
-test: lint pytest isas
+test: lint docs pytest isas
 
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
+
+# From the sources: needs no extension. The variable silences an advertisement.
+docs: $(VENV)/environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: build
 	$(BIN)/python -m pytest -n 2
