@@ -44,8 +44,8 @@ lint: build
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
 
-# From the sources: needs no extension. The variable silences an advertisement.
-docs: $(VENV)/environment
+# The variable silences an advertisement.
+docs: build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: build
