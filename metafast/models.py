@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from metafast import _check
@@ -78,6 +79,70 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         y: Tensor = self.layers(x)
+        return y
+
+
+class ContextConcat(nn.Module):
+    """Appends context parameters to every sample, for :class:`metafast.CAVIA`: (N, D) to (N, D + size).
+
+        y_n = [x_n, c]
+
+    Args:
+        size: how many context parameters; they start at zero.
+
+    Attributes:
+        context: (size,) c.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(ContextConcat(4), MLP(1 + 4, (40, 40), 1))
+        >>> net(torch.zeros(10, 1)).shape
+        torch.Size([10, 1])
+
+    Reference: Zintgraf et al., ICML 2019, arXiv:1810.03642, section 3.2.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(_check.integer("size", size, minimum=1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D + size)."""
+        return torch.cat([x, self.context.expand(*x.shape[:-1], -1)], dim=-1)
+
+
+class ContextFiLM(nn.Module):
+    """Scales and shifts channels by context parameters, for :class:`metafast.CAVIA`: (N, C, ...) to the same.
+
+        y = (1 + gamma) x + beta;  [gamma, beta] = V c + d
+
+    Args:
+        size: how many context parameters c; they start at zero, so that this starts as the identity.
+        channels: C.
+
+    Attributes:
+        context: (size,) c.
+        film: the linear layer V, d.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), ContextFiLM(5, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+        >>> net(torch.zeros(10, 1, 8, 8)).shape
+        torch.Size([10, 5])
+
+    Reference: Zintgraf et al., ICML 2019, arXiv:1810.03642, section 3.2; FiLM: Perez et al. 2018, arXiv:1709.07871.
+    """
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(_check.integer("size", size, minimum=1)))
+        self.film = nn.Linear(size, 2 * _check.integer("channels", channels, minimum=1))
+        nn.init.zeros_(self.film.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> (N, C, ...)."""
+        gamma, beta = self.film(self.context).view(2, -1, *[1] * (x.dim() - 2))
+        y: Tensor = (1 + gamma) * x + beta
         return y
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast import _check
 from metafast.coordinatewise import CoordinatewiseOptimizer
@@ -296,6 +297,63 @@ class LayerRates(UpdateRule):
         if steps > self.rates.shape[0]:
             raise ValueError(f"steps: this rule has rates for {self.rates.shape[0]} steps, got {steps}")
         return self.rates[:steps, self.tensor_of] if steps > 0 else self.rates[:1, self.tensor_of]
+
+
+class StepNorms(UpdateRule):
+    """Batch norms' weights and biases learned for every step, instead of adapted: MAML++'s per-step normalisation.
+
+        phi_{k+1} = values[k] for the weights and biases of batch norms, U(phi_k, g_k, s_k) for all else
+
+    The learner's ``batch_norm="batch"`` gives each step the statistics of its own batch.
+
+    Reference: Antoniou, Edwards & Storkey, ICLR 2019, arXiv:1810.09502, section 4 (BNWB).
+
+    Args:
+        rule: U, :class:`LayerRates` for MAML++.
+        model: the model that the rule will adapt.
+        steps: K, how many steps there are values for, at least 1; a step beyond them raises a ValueError.
+
+    Attributes:
+        values: (K, M) the learned weights and biases, in the order of the model's parameters; they start as these.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; a model without batch norms that have parameters.
+
+    Example:
+        >>> import metafast as mf
+        >>> model = mf.models.Conv4(5, width=8)
+        >>> rule = StepNorms(LayerRates(model, steps=2, lr=0.1), model, steps=2)
+        >>> learner = mf.GradientLearner(model, rule, steps=2, query_weights=(0.5, 0.5))
+        >>> rule.values.shape
+        torch.Size([2, 64])
+    """
+
+    index: Tensor
+
+    def __init__(self, rule: UpdateRule, model: nn.Module, steps: int) -> None:
+        super().__init__()
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(f"rule: expected a metafast.UpdateRule, got {_check.describe(rule)}")
+        self.rule = rule
+        _check.integer("steps", steps, minimum=1)
+        layout = Layout.of(_check.module("model", model))
+        norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+        names = [key for key in layout.names if key.rpartition(".")[0] in norms]
+        if not names:
+            raise ValueError("model: expected batch norms with parameters that require gradients, got none")
+        self.register_buffer("index", moving(model, names).nonzero().squeeze(1), persistent=False)
+        self.values = nn.Parameter(layout.flatten(model).detach()[self.index].repeat(steps, 1))
+
+    def init(self, params: Tensor) -> State:
+        return (torch.zeros((), dtype=torch.int64), *self.rule.init(params))
+
+    def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
+        k = int(state[0])
+        if k >= self.values.shape[0]:
+            raise ValueError(f"steps: this rule has values for {self.values.shape[0]} steps, got another")
+        moved, carried = self.rule.step(params, grads, state[1:])
+        values = self.values[k].expand(params.shape[0], -1)
+        return moved.index_copy(1, self.index, values), (state[0] + 1, *carried)
 
 
 class LearnedRule(UpdateRule):

@@ -39,9 +39,12 @@ class AdjointEngine(ABC):
         batch: int | None = None,
         truncate: int | None = None,
     ) -> Tensor:
-        """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
+        """(T, P) parameters after ``steps`` updates; differentiable in theta and psi.
+
+        They start from theta: (P,), or (T, P), another for each task.
+        """
         if steps == 0:
-            return theta.repeat(support_x.shape[0], 1)
+            return theta.repeat(support_x.shape[0], 1) if theta.dim() == 1 else theta
         last = self.path(theta, support_x, support_y, [*[False] * (steps - 1), True], batch, truncate)[-1]
         assert last is not None
         return last
@@ -95,13 +98,13 @@ class _Loop(NamedTuple):
 
 
 class _InnerLoop(torch.autograd.Function):
-    """theta (P,), psi -> the phi_k (T, P) that are wanted, with the adjoint recursion as its backward."""
+    """theta (P,) or (T, P), psi -> the phi_k (T, P) that are wanted, with the adjoint recursion as its backward."""
 
     @staticmethod
     def forward(
         ctx: Any, engine: AdjointEngine, inner: _Loop, x: Tensor, y: Tensor, theta: Tensor, *psi: Tensor
     ) -> tuple[Tensor, ...]:
-        phi = theta.detach().repeat(x.shape[0], 1)
+        phi = theta.detach().repeat(x.shape[0], 1) if theta.dim() == 1 else theta.detach().contiguous()
         state = engine.rule.init(phi)
         tape: list[tuple[Tensor, Tensor, State]] = []
         found = []
@@ -142,7 +145,9 @@ class _InnerLoop(torch.autograd.Function):
                 lam = lam_phi + engine.hvp(phi, *support_of(x, y, k, inner.batch, dim=1), lam_g)
         d_theta = torch.zeros_like(theta)
         if lam is not None:
-            d_theta = (lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)).sum(0)
+            d_theta = lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)
+            if theta.dim() == 1:
+                d_theta = d_theta.sum(0)
         return None, None, None, None, d_theta, *d_psi
 
 

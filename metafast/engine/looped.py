@@ -33,7 +33,7 @@ class LoopEngine:
         batch: int | None = None,
         truncate: int | None = None,
     ) -> Tensor:
-        """(T, P) parameters after ``steps`` updates from theta (P,); differentiable in theta and psi."""
+        """(T, P) parameters after ``steps`` updates from theta, (P,) or (T, P); differentiable in theta and psi."""
         if steps == 0:
             return theta.expand(support_x.shape[0], -1)
         return self.path(theta, support_x, support_y, [True] * steps, batch, truncate)[-1]
@@ -48,8 +48,12 @@ class LoopEngine:
         truncate: int | None = None,
     ) -> list[Tensor]:
         """phi_1..phi_K, all of them: what is random in a model must lead to phi_K by way of the others."""
+        starts = theta.expand(support_x.shape[0], -1)
         with self.task.policy():
-            tasks = [self._adapt(theta, x, y, len(wanted), batch, truncate) for x, y in zip(support_x, support_y)]
+            tasks = [
+                self._adapt(start, x, y, len(wanted), batch, truncate)
+                for start, x, y in zip(starts, support_x, support_y)
+            ]
         return [torch.cat(step) for step in zip(*tasks)]
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:

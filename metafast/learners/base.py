@@ -191,11 +191,15 @@ class GradientLearner(nn.Module):
         theta = self._task.theta()
         return theta if self.learn_init else theta.detach()
 
+    def _start(self, x: Tensor, y: Tensor) -> Tensor:
+        """phi_0 for support sets x (T, Ns, ...), y (T, Ns, ...): (P,), or (T, P) where it differs between tasks."""
+        return self._theta()
+
     def _engine(self, x: Tensor, y: Tensor) -> Engine:
         return self._engines(x, y)
 
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
-        return self._engine(x, y).inner_loop(self._theta(), x, y, steps, self.support_batch, self.truncate)
+        return self._engine(x, y).inner_loop(self._start(x, y), x, y, steps, self.support_batch, self.truncate)
 
     def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
@@ -207,9 +211,9 @@ class GradientLearner(nn.Module):
             return self._task.loss.per_task(logits, episodes.query_y), logits
 
         if weights is None:
-            return judged(engine.inner_loop(self._theta(), x, y, self.steps, self.support_batch, self.truncate))
+            return judged(engine.inner_loop(self._start(x, y), x, y, self.steps, self.support_batch, self.truncate))
         wanted = [*(weight != 0 for weight in weights[:-1]), True]  # the last for its logits
-        path = engine.path(self._theta(), x, y, wanted, self.support_batch, self.truncate)
+        path = engine.path(self._start(x, y), x, y, wanted, self.support_batch, self.truncate)
         parts = [(weight, *judged(phi)) for weight, phi in zip(weights, path) if phi is not None]
         return torch.stack([weight * losses for weight, losses, _ in parts]).sum(0), parts[-1][2]
 

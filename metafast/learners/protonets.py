@@ -94,7 +94,7 @@ class ProtoNets(nn.Module):
         check_set("support_x", support_x, "support_y", support_y)
         self._task.check_inputs("support_x", support_x)
         ways = _count_ways("support_y", support_y)
-        _check_every_class(support_y, ways)
+        check_every_class(support_y, ways)
         return AdaptedPrototypes(self, prototypes(self._embed(support_x), support_y, ways))
 
     def extra_repr(self) -> str:
@@ -110,7 +110,7 @@ class ProtoNets(nn.Module):
             raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
         episodes.validate()
         ways = _count_ways("support_y", episodes.support_y)
-        _check_every_class(episodes.support_y, ways)
+        check_every_class(episodes.support_y, ways)
         top = int(episodes.query_y.max())
         if top >= ways:
             raise ValueError(f"query_y: expected labels below {ways}, the classes with support, got {top}")
@@ -145,7 +145,7 @@ def _count_ways(name: str, labels: Tensor) -> int:
     return int(labels.max()) + 1
 
 
-def _check_every_class(labels: Tensor, ways: int) -> None:
+def check_every_class(labels: Tensor, ways: int) -> None:
     """Refuse a task in which a class has no support, before the encoder runs."""
     present = torch.zeros(labels.shape[0], ways, dtype=torch.bool, device=labels.device)
     present.scatter_(1, labels, True)

@@ -52,12 +52,12 @@ def maml(
         for k in range(steps):
             grads = gradient(params, k)
             params = {
-                name: value - lr * grads[name] if _moves(name, adapts) else value for name, value in params.items()
+                name: value - lr * grads[name] if moves(name, adapts) else value for name, value in params.items()
             }
             path.append(params)
         return path
 
-    return _over_tasks(
+    return over_tasks(
         model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch
     )
 
@@ -94,19 +94,19 @@ def lomaml(
             grads = gradient(params, k)
             stepped = dict(params)
             for name, value in params.items():
-                if _moves(name, adapts):
+                if moves(name, adapts):
                     update, states[name] = step(grads[name].reshape(-1), states[name])
                     stepped[name] = value - lr * update.reshape(value.shape)
             params = stepped
             path.append(params)
         return path
 
-    return _over_tasks(
+    return over_tasks(
         model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch
     )
 
 
-def _moves(name: str, adapts: Sequence[str] | None) -> bool:
+def moves(name: str, adapts: Sequence[str] | None) -> bool:
     return adapts is None or any(name == a or name.startswith(f"{a}.") for a in adapts)
 
 
@@ -160,7 +160,7 @@ def protonets(
     return outcome(torch.stack(losses), torch.stack(logits), episodes.query_y, weights)
 
 
-def _over_tasks(
+def over_tasks(
     model: nn.Module,
     episodes: Episodes,
     adapt: Callable[[Parameters, Gradient], list[Parameters]],
