@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-Learner = Literal["maml", "fomaml", "lomaml", "protonets"]
+Learner = Literal["maml", "fomaml", "reptile", "lomaml", "protonets"]
 Data = Literal["sinusoid", "glyphs", "omniglot", "miniimagenet"]
 Settings = dict[str, Any]
 
@@ -23,6 +23,11 @@ _LEARNER: dict[tuple[str, str], Settings] = {
     ("maml", "glyphs"): {"lr": 0.4, "iterations": 1000},
     ("maml", "omniglot"): {"lr": 0.4, "iterations": 40_000},
     ("maml", "miniimagenet"): {"lr": 0.01, "iterations": 60_000},
+    # More steps than MAML: what Reptile sees of a task is how far they lead.
+    ("reptile", "sinusoid"): {"lr": 0.02, "steps": 10, "iterations": 3000},
+    ("reptile", "glyphs"): {"lr": 0.1, "steps": 5, "iterations": 1000},
+    ("reptile", "omniglot"): {"lr": 0.1, "steps": 5, "iterations": 40_000},
+    ("reptile", "miniimagenet"): {"lr": 0.01, "steps": 8, "iterations": 60_000},
     # The learned optimiser starts as gradient descent at these rates.
     ("lomaml", "sinusoid"): {"lr": 0.01, "iterations": 1000},
     ("lomaml", "glyphs"): {"lr": 0.4, "iterations": 600},
@@ -59,6 +64,8 @@ def unfit(learner: str, data: str) -> dict[str, str]:
     if learner == "protonets":
         reasons |= dict.fromkeys(("steps", "lr", "first_order"), "ProtoNets has no inner loop")
     else:
+        if learner == "reptile":
+            reasons["first_order"] = "Reptile takes no derivative of its inner loop"
         reasons["train_ways"] = "only ProtoNets trains on other ways than it is tested on"
     if learner != "lomaml":
         reasons["rule_lr"] = "only LOMAML learns its update rule"

@@ -15,7 +15,7 @@ from metafast import _check
 from metafast.cli.defaults import Data, Learner, defaults, unfit
 from metafast.data import ClassTable, Glyphs, MiniImageNet, Omniglot, Sinusoid
 from metafast.episodes import Episodes
-from metafast.learners import LOMAML, MAML, GradientLearner, ProtoNets
+from metafast.learners import LOMAML, MAML, GradientLearner, ProtoNets, Reptile
 from metafast.lstm import LSTMOptimizer
 from metafast.models import MLP, Conv4, Conv4Encoder
 
@@ -23,6 +23,7 @@ AnyLearner = GradientLearner | ProtoNets
 NAMES: dict[str, str] = {
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "reptile": "Reptile",
     "lomaml": "LOMAML",
     "protonets": "ProtoNets",
     "sinusoid": "sinusoids",
@@ -38,12 +39,12 @@ class Recipe:
     """The learner, its data, its net and how it is trained; None where a setting does not apply.
 
     Attributes:
-        learner: "maml", "fomaml", "lomaml" or "protonets".
+        learner: "maml", "fomaml", "reptile", "lomaml" or "protonets".
         data: "sinusoid", "glyphs", "omniglot" or "miniimagenet".
         ways: classes of a task.
         train_ways: classes of a training task; ProtoNets may train on more than it is tested on.
         shots: support samples a class (points a wave).
-        queries: query samples a class (points a wave), in training.
+        queries: query samples a class (points a wave), in training; of these Reptile adapts to all but one.
         tasks: tasks of a meta-batch.
         steps: inner steps.
         lr: inner learning rate.
@@ -148,6 +149,8 @@ def build_learner(recipe: Recipe) -> AnyLearner:
             return LOMAML(
                 model, optimizer, recipe.lr, recipe.steps, loss, first_order=first_order, batch_norm=batch_norm
             )
+        if recipe.learner == "reptile":
+            return Reptile(model, recipe.lr, recipe.steps, loss, batch_norm)
         return MAML(model, recipe.lr, recipe.steps, loss, first_order, batch_norm)
 
 
@@ -195,6 +198,8 @@ class Tasks:
         self.data = _open(recipe.data, "test" if test else "train", root, device)
         self.recipe = recipe
         self.ways = recipe.ways if test else recipe.train_ways or recipe.ways
+        # Reptile learns from nothing but what it adapts to.
+        self._lent = recipe.queries - 1 if recipe.learner == "reptile" and not test else 0
         self._device = device
         # Even for training and odd for tests: no seed of the one is a seed of the other.
         self._stream = 2 * recipe.seed + test
@@ -206,7 +211,7 @@ class Tasks:
 
     def sample(self, tasks: int, generator: torch.Generator) -> Episodes:
         """``tasks`` of them."""
-        shots, queries = self.recipe.shots, self.recipe.queries
+        shots, queries = self.recipe.shots + self._lent, self.recipe.queries - self._lent
         if isinstance(self.data, Sinusoid):
             return self.data.sample(tasks, shots, queries, generator)
         assert self.ways is not None  # a recipe has ways wherever there are classes

@@ -15,6 +15,8 @@ SMALL = {
     "lomaml sinusoid": ["lomaml", "--data", "sinusoid", "--width", "4", "--tasks", "3", "--steps", "2"],
     "maml glyphs": ["maml", "--data", "glyphs", "--width", "4", "--tasks", "2", "--queries", "2"],
     "fomaml glyphs": ["fomaml", "--data", "glyphs", "--width", "4", "--tasks", "2", "--queries", "2"],
+    "reptile glyphs": ["reptile", "--data", "glyphs", "--width", "4", "--tasks", "2", "--queries", "2"],
+    "reptile sinusoid": ["reptile", "--data", "sinusoid", "--width", "8", "--tasks", "4", "--steps", "2"],
     "lomaml glyphs": ["lomaml", "--data", "glyphs", "--width", "2", "--tasks", "2", "--queries", "2"],
     "protonets glyphs": ["protonets", "--data", "glyphs", "--width", "4", "--tasks", "2", "--train-ways", "6"],
 }

@@ -28,9 +28,11 @@ def test_every_pair_has_a_recipe_and_a_learner(learner: str, data: str) -> None:
     assert Recipe.from_plain(recipe.plain()) == recipe
     built = build_learner(recipe)
     kinds = {"maml": mf.MAML, "fomaml": mf.MAML, "lomaml": mf.LOMAML, "protonets": mf.ProtoNets}
+    kinds["reptile"] = mf.Reptile
     assert type(built) is kinds[learner]
     if learner != "protonets":
-        assert (built.steps, built.first_order, built.rule.lr) == (recipe.steps, learner == "fomaml", recipe.lr)
+        first_order = learner in ("fomaml", "reptile")
+        assert (built.steps, built.first_order, built.rule.lr) == (recipe.steps, first_order, recipe.lr)
 
 
 def test_the_sinusoid_net_is_that_of_the_paper() -> None:
@@ -73,6 +75,15 @@ def test_fomaml_is_first_order() -> None:
     plain = Recipe.of("fomaml", "sinusoid", {}).plain()
     with pytest.raises(ValueError, match="^--first-order: FOMAML is first order"):
         Recipe.from_plain(plain | {"first_order": False})
+
+
+def test_reptile_trains_on_the_queries_too() -> None:
+    recipe = Recipe.of("reptile", "glyphs", {"shots": 2, "queries": 4, "ways": 3})
+    training, unseen = (Tasks(recipe, test=test, root=None, device=CPU) for test in (False, True))
+    episodes = training.sample(2, training.generator())
+    assert (episodes.support_x.shape[1], episodes.query_x.shape[1]) == (3 * 5, 3 * 1)
+    episodes = unseen.sample(2, unseen.generator())
+    assert (episodes.support_x.shape[1], episodes.query_x.shape[1]) == (3 * 2, 3 * 4)
 
 
 def test_protonets_trains_on_more_ways_than_it_is_tested_on() -> None:

@@ -62,7 +62,9 @@ def test_what_is_logged_is_the_mean_over_the_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("kind", ["maml sinusoid", "lomaml sinusoid", "maml glyphs", "protonets glyphs"])
+@pytest.mark.parametrize(
+    "kind", ["maml sinusoid", "lomaml sinusoid", "maml glyphs", "reptile glyphs", "protonets glyphs"]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +146,10 @@ REFUSED = {
     "ways of waves": (["maml", "--data", "sinusoid", "--ways", "5"], "--ways: waves have no classes"),
     "batch norm of waves": (["maml", "--data", "sinusoid", "--batch-norm", "batch"], "--batch-norm: the net"),
     "steps of protonets": (["protonets", "--data", "glyphs", "--steps", "5"], "--steps: ProtoNets has no inner loop"),
+    "order of reptile": (
+        ["reptile", "--data", "glyphs", "--first-order"],
+        "--first-order: Reptile takes",
+    ),
     "order of protonets": (["protonets", "--data", "glyphs", "--first-order"], "--first-order: ProtoNets has no"),
     "train ways of maml": (["maml", "--data", "glyphs", "--train-ways", "9"], "--train-ways: only ProtoNets"),
     "rule lr of maml": (["maml", "--data", "sinusoid", "--rule-lr", "1"], "--rule-lr: only LOMAML learns"),
