@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import metafast as mf
 from tests.nets import build, episodes_for, gradient, relative_error
 from tests.test_inner_options import six_samples
+from tests.test_learners import Counting, DataDependent, WithDropout
 
 pytestmark = pytest.mark.usefixtures("backend")
 BAR = 1e-10
@@ -258,6 +259,86 @@ def test_step_norms_start_as_the_models_own() -> None:
     assert torch.equal(adapted.parameters["1.bias"][0], model[1].bias)
     with pytest.raises(ValueError, match="^steps: this rule has values for 2 steps, got another"):
         mf.GradientLearner(model, rule, steps=3)(episodes)
+
+
+def make(kind: str, model: nn.Module, features: int = 3) -> mf.GradientLearner:
+    if kind == "reptile":
+        return mf.Reptile(model, lr=0.1, steps=2)
+    if kind == "cavia":
+        return mf.CAVIA(model, lr=0.1, steps=2, context=[next(iter(dict(model.named_parameters())))])
+    return mf.ProtoMAML(model, features, 3, lr=0.1, steps=2)
+
+
+def plainly(kind: str, model: nn.Module, episodes: mf.Episodes) -> tuple[Tensor, Tensor]:
+    """Losses and the gradient of the model's parameters."""
+    if kind == "reptile":
+        out, towards = mf.reference.reptile(model, episodes, lr=0.1, steps=2)
+        return out.losses, torch.cat([t.reshape(-1) for t in towards.values()])
+    if kind == "cavia":
+        context = [next(iter(dict(model.named_parameters())))]
+        out = mf.reference.cavia(model, episodes, context=context, lr=0.1, steps=2)
+    else:
+        out = mf.reference.protomaml(model, episodes, ways=3, lr=0.1, steps=2)
+    model.zero_grad()
+    out.loss.backward()
+    return out.losses, gradient(model)
+
+
+every_kind = pytest.mark.parametrize("kind", ["reptile", "cavia", "protomaml"])
+
+
+@every_kind
+@pytest.mark.parametrize("net", [WithDropout, DataDependent, Counting])
+@pytest.mark.not_lowered
+def test_what_vmap_cannot_take(net: type[nn.Module], kind: str) -> None:
+    torch.manual_seed(0)
+    model = net().double()
+    # One task, so that loop and reference draw the same dropout masks in the same order.
+    episodes = episodes_for("mlp", tasks=1 if net is WithDropout else 3)
+    learner = make(kind, model)
+    with pytest.warns(UserWarning, match="runs by a loop over tasks"):
+        learner(episodes)
+    torch.manual_seed(5)
+    out = learner(episodes)
+    out.loss.backward()
+    found = gradient(model)
+    torch.manual_seed(5)
+    losses, wanted = plainly(kind, model, episodes)
+    assert relative_error(out.losses, losses) <= BAR and relative_error(found, wanted) <= BAR
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["mlp", "batch_norm"])
+def test_one_task_odd_strides_and_any_number_of_threads(name: str, kind: str, backend: str) -> None:
+    model, whole = build(name), episodes_for(name, tasks=7, shots=1)
+    wide = torch.randn(7, 3, 12, dtype=torch.float64)
+    turned = whole.query_x.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = mf.Episodes(wide[..., ::2], whole.support_y, turned, whole.query_y)
+    for episodes in (strided, strided[3]):
+        learner = make(kind, model)
+        out, found = both_doors(learner, episodes, None)
+        losses, wanted = plainly(kind, model, episodes)
+        assert relative_error(out.losses, losses) <= BAR
+        assert relative_error(found[: len(wanted)], wanted) <= BAR
+        if backend == "torch":
+            continue  # whose own operations split sums by threads
+        torch.set_num_threads(2)
+        again, by_two = both_doors(learner, episodes, None)
+        torch.set_num_threads(1)
+        assert torch.equal(again.logits, out.logits) and torch.equal(by_two, found)
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_float32_errs_at_most_twice_as_much_as_the_plain_loop(name: str, kind: str) -> None:
+    model = encoder_of("conv4") if name == "conv4" and kind == "protomaml" else build(name)
+    episodes, features = episodes_for(name), 5 if name == "conv4" else 3
+    _, exact = plainly(kind, model, episodes)
+    single, e32 = copy.deepcopy(model).float(), episodes.to(dtype=torch.float32)
+    _, plain = plainly(kind, single, e32)
+    _, found = both_doors(make(kind, single, features), e32, None)
+    bar = 2 * relative_error(plain.double(), exact) + 1e-6
+    assert relative_error(found[: len(exact)].double(), exact) <= bar
 
 
 def test_bad_input() -> None:

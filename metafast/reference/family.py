@@ -129,8 +129,8 @@ def protomaml(
             for _ in range(steps):
                 value = F.cross_entropy(F.linear(functional_call(encoder, params, (xs,)).flatten(1), *head), ys)
                 both = [*params.values(), *head]
-                grads = torch.autograd.grad(value, both, create_graph=not first_order)
-                stepped = [p - lr * g for p, g in zip(both, grads)]
+                grads = torch.autograd.grad(value, both, create_graph=not first_order, allow_unused=True)
+                stepped = [p if g is None else p - lr * g for p, g in zip(both, grads)]
                 params, head = dict(zip(params, stepped)), stepped[-2:]
             logits.append(F.linear(functional_call(encoder, params, (xq,)).flatten(1), *head))
             losses.append(F.cross_entropy(logits[-1], yq))
