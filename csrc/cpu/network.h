@@ -256,6 +256,32 @@ struct Network {
   }
 };
 
+// A task's gradient, from + factor * more (null: nothing more), to where the job wants it. The sum of all
+// tasks is made chunk by chunk, so that a task can follow close behind the one before it.
+template <class Real>
+void deliver(const Job<Real>& job, int64_t task, const Real* from, Real factor, const Real* more) {
+  const int64_t params = job.program->params;
+  const Vec<Real> by = splat(factor);
+  const auto part = [&](int64_t i) {
+    return more == nullptr ? load(from + i) : load(from + i) + by * load(more + i);
+  };
+  if (job.weights == nullptr) {
+    Real* const row = job.gradient + task * params;
+    for (int64_t i = 0; i < params; i += kLanes<Real>) store(row + i, part(i));
+    return;
+  }
+  const Real weight = job.weights[task];
+  for (int64_t c = 0; c < chunks_of(params); ++c) {
+    while (__atomic_load_n(job.added + c, __ATOMIC_ACQUIRE) != task) job.wait();
+    const int64_t end = std::min(params, (c + 1) * kChunk);
+    for (int64_t i = c * kChunk; i < end; i += kLanes<Real>) {
+      const Vec<Real> before = task == 0 ? Vec<Real>{} : load(job.gradient + i);
+      store(job.gradient + i, before + weight * part(i));
+    }
+    __atomic_store_n(job.added + c, task + 1, __ATOMIC_RELEASE);
+  }
+}
+
 // The targets from a sample on, counted through all tasks.
 template <class Real>
 inline Targets<Real> targets_of(const Data<Real>& data, int64_t sample, int64_t outputs) {

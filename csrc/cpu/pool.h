@@ -10,8 +10,8 @@
 
 namespace metafast::cpu {
 
-// task(context, index, worker) for every index in 0..tasks-1; worker < threads is never used by two at a
-// time.
+// task(context, index, worker) for every index in 0..tasks-1, begun in their order; worker < threads is never
+// used by two at a time.
 using Task = void (*)(void* context, int64_t index, int worker);
 void run_tasks(int64_t tasks, int threads, Task task, void* context);
 
@@ -21,6 +21,9 @@ void run_tasks(int64_t tasks, int threads, F& f) {
       tasks, threads,
       [](void* context, int64_t index, int worker) { (*static_cast<F*>(context))(index, worker); }, &f);
 }
+
+// While another thread's turn lasts.
+void wait_a_moment();
 
 // As a Team wants it.
 void run_parts(int64_t parts, int threads, void (*part)(void* context, int64_t index), void* context);

@@ -80,9 +80,7 @@ void prototype_step(const Job<Real>& job, int64_t task, Real* workspace) {
   run.backward(0, 0);
   network.set_adjoint(buffers.d_rows);
   network.backward(workspace + layout.w);
-  const Real* const from = workspace + layout.w;
-  Real* const gradient = job.gradient + task * program.params;
-  for (int64_t i = 0; i < program.params; i += kLanes<Real>) store(gradient + i, load(from + i));
+  deliver<Real>(job, task, workspace + layout.w, 0, nullptr);
 }
 
 }  // namespace METAFAST_ISA

@@ -81,12 +81,11 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
   if (job.cotangent != nullptr) query.set_adjoint(job.cotangent + first * out.c);
 
   // lam stays in the workspace, where the lanes that nobody writes are zero.
-  Real *const lam = workspace + layout.w, *const gradient = job.gradient + task * params;
+  Real* const lam = workspace + layout.w;
   query.backward(lam);
   if (last != 1) {
     for (int64_t i = 0; i < params; i += kLanes<Real>) store(lam + i, last * load(lam + i));
   }
-  Real* sum = lam;  // where lam goes next
   for (int64_t k = steps - 1; k >= 0; --k) {
     const bool there = k == steps - 1 || layout.kept > 0;
     if (rule.wants_g() || !job.first_order) {
@@ -106,18 +105,20 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
       std::fill_n(lam, params, Real(0));
       rule.cut();
     } else if (!job.first_order) {
-      sum = k == 0 ? gradient : lam;
       support.hessian_vector(pull.along, product);
+      if (k == 0) {  // together, as these may be long
+        rule.end();
+        return deliver(job, task, lam, pull.factor, product);
+      }
       const Vec<Real> factor = splat(pull.factor);
       for (int64_t i = 0; i < params; i += kLanes<Real>)
-        store(sum + i, load(lam + i) + factor * load(product + i));
+        store(lam + i, load(lam + i) + factor * load(product + i));
     }
     if (v != nullptr && k > 0 && v[k - 1] != 0)
       add_scaled(params, v[k - 1], query_tape + (k - 1) * params, lam);
   }
   rule.end();
-  if (sum == gradient) return;
-  for (int64_t i = 0; i < params; i += kLanes<Real>) store(gradient + i, load(lam + i));
+  deliver<Real>(job, task, lam, 0, nullptr);
 }
 
 // All but meta_step: one network at the task's own parameters.

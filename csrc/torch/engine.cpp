@@ -324,7 +324,7 @@ std::vector<int64_t> Engine::places(const Tensor& moves) const {
 
 Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
                                 const Side& query, const Inner& inner, const std::optional<Tensor>& cotangent,
-                                bool wants_gradient, bool wants_rate_gradient) {
+                                bool wants_gradient, bool wants_rate_gradient, const Tensor& weights) {
   const Program& program = plan_.program();
   const int64_t outputs = program.values[program.value_count - 1].c;
   const int64_t tasks = support.x.size(0), shots = support.x.size(1), queries = query.x.size(1);
@@ -338,7 +338,12 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool compares = inner.ways > 0;
   result.outcome.logits = at::empty({tasks, queries, compares ? inner.ways : outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
-  if (wants_gradient) result.gradient = at::empty({tasks, program.params}, options);
+  constexpr int64_t kFewBytes = 1 << 20;  // of rows: below, they stay in the cache
+  const bool sums = weights.defined() && sums_ && tasks * program.params * plan_.element() > kFewBytes;
+  if (wants_gradient) {
+    result.gradient =
+        sums ? at::empty({program.params}, options) : at::empty({tasks, program.params}, options);
+  }
   if (wants_rate_gradient) {
     const std::vector<int64_t> sizes{tasks, rates.size(0), program.params};
     result.rate_gradient = inner.steps > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
@@ -402,6 +407,10 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
       result.rule_gradient = at::empty({tasks, (**lstm).count_with_start()}, options);
       job.rule_gradient = result.rule_gradient.mutable_data_ptr<Real>();
     }
+    std::vector<int64_t> added(size_t(sums ? cpu::chunks_of(program.params) : 0), 0);
+    job.weights = sums ? weights.const_data_ptr<Real>() : nullptr;
+    job.added = added.data();
+    job.wait = cpu::wait_a_moment;
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
     return 0;
@@ -432,7 +441,7 @@ Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
 Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
   const Program& program = plan_.program();
   const int64_t rows = gradient.dim() == 3 ? gradient.size(1) : 1;
-  const Tensor sums = sum_tasks(gradient, weights);
+  const Tensor sums = gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights);
   const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
                                           : at::empty({program.adapting}, gradient.options());
   with_real(dtype_, [&](auto real) {

@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -118,6 +119,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, and (T, rows of rates, params)
   // those with respect to the rates, in the engine's order. With a gradient come those of the LSTM's weights.
+  // Where `weights` are given, gradient may be their sum alone, (params,): there is less to write and read.
   struct Unrolled {
     MetaOutcome outcome;
     at::Tensor gradient, rate_gradient;
@@ -125,10 +127,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   };
   Unrolled unroll(const at::Tensor& theta, const at::Tensor& constants, const Side& support,
                   const Side& query, const Inner& inner, const std::optional<at::Tensor>& cotangent,
-                  bool wants_gradient, bool wants_rate_gradient);
+                  bool wants_gradient, bool wants_rate_gradient, const at::Tensor& weights = {});
+  // Nobody has asked for the gradient of tasks' losses one by one, yet.
+  std::atomic<bool> sums_{true};
   // sum_t weights_t rows_t of (T, size), (size,).
   at::Tensor sum_tasks(const at::Tensor& rows, const at::Tensor& weights) const;
-  // sum_t weights_t gradient_t of (T, params) or (T, rows, params) in the user's order, (P,) or (rows, P).
+  // sum_t weights_t gradient_t of (T, params) or (T, rows, params), or what was summed before, (params,), in
+  // the user's order: (P,) or (rows, P).
   at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights) const;
   at::Tensor single(cpu::What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
                     const at::Tensor* vector);

@@ -101,20 +101,27 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       if (of_rates) add_to(d_rates, kept.engine->reduce(run.rate_gradient, each));
       if (run.rule_gradient.defined()) add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each));
     };
-    if (d_loss.defined() || d_losses.defined()) {
-      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
-      if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
-      add({{}, gradient, rate_gradient, rule_gradient}, each.contiguous());
-    }
-    if (d_logits.defined()) {
+    const auto again_along = [&](const std::optional<Tensor>& cotangent) {
       Inner inner = kept.inner;
       if (inner.rates) inner.rates = saved[4];
       inner.lstm = of_rule;
-      const Engine::Unrolled along =
-          kept.engine->unroll(kept.engine->flatten(params), constants, {saved[6], saved[7]},
-                              {saved[8], saved[9]}, inner, d_logits, true, of_rates);
-      add(along, at::ones({gradient.size(0)}, gradient.options()));
+      return kept.engine->unroll(kept.engine->flatten(params), constants, {saved[6], saved[7]},
+                                 {saved[8], saved[9]}, inner, cotangent, true, of_rates);
+    };
+    if (d_loss.defined() || d_losses.defined()) {
+      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
+      if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
+      const bool summed = gradient.dim() == 1;
+      if (summed && d_losses.defined()) {
+        // The tasks' own gradients were not kept; from now on they are.
+        kept.engine->sums_ = false;
+        add(again_along(std::nullopt), each.contiguous());
+      } else {
+        const Tensor own = summed ? at::mul(gradient, d_loss) : gradient;
+        add({{}, own, rate_gradient, rule_gradient}, each.contiguous());
+      }
     }
+    if (d_logits.defined()) add(again_along(d_logits), at::ones({weights.size(0)}, gradient.options()));
     if (!flat.defined()) return variable_list(1 + params.size() + of_rule.size() + 1 + kPlain);
     variable_list parts;
     cut(flat, params, parts);
@@ -154,7 +161,7 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
     check_side("query", query, support.x.size(0), inner.ways);
     const Tensor theta = flatten(params);
     w = weights_or_mean(weights, support.x.size(0), theta.options());
-    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates);
+    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates, w);
     set_loss(run.outcome, w);
   }
   if (!differentiable) return run.outcome;
@@ -219,7 +226,7 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
   check_side("query", query, support.x.size(0), inner.ways);
   const Tensor theta = flatten(params);
   const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
-  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false);
+  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false, w);
   set_loss(run.outcome, w);
   add_all(reduce(run.gradient, w), params);
   if (!inner.lstm.empty()) add_all(sum_tasks(run.rule_gradient, w), inner.lstm);
