@@ -440,13 +440,17 @@ class LearnedRule(UpdateRule):
         optimizer = self.optimizer
         if type(self) is not LearnedRule or type(optimizer) is not LSTMOptimizer:
             return False
-        if "step" in self.__dict__ or "forward" in optimizer.__dict__ or has_hooks(optimizer):
+        if {"step", "init"} & self.__dict__.keys() or {"forward", "init"} & optimizer.__dict__.keys():
+            return False
+        if has_hooks(optimizer):
             return False
         weights = list(optimizer.weights)
         if optimizer.initial_state is not None:
             weights.insert(0, optimizer.initial_state)
         mine = list(self.parameters())
-        return len(mine) == len(weights) and all(a is b and not a._backward_hooks for a, b in zip(mine, weights))
+        return len(mine) == len(weights) and all(
+            a is b and not a._backward_hooks and not a._post_accumulate_grad_hooks for a, b in zip(mine, weights)
+        )
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}" if self.index is None else f"lr={self.lr:g}, moves {self.index.shape[0]} parameters"

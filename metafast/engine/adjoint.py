@@ -10,7 +10,8 @@ takes phi_k and s_k for constants: lam and lam_s begin anew at 0 below it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class _InnerLoop(torch.autograd.Function):
             if want:
                 # Not the tape's own tensor: an output that its own node keeps is never freed.
                 found.append(phi.detach())
-        ctx.engine, ctx.inner, ctx.tape = engine, inner, tape
+        ctx.engine, ctx.inner, ctx.tape, ctx.numbers = engine, inner, tape, _numbers(engine.rule)
         ctx.set_materialize_grads(False)
         # Saved, not just kept: autograd then refuses a backward after any of them was changed in place.
         ctx.save_for_backward(x, y, theta, *psi)
@@ -125,8 +126,19 @@ class _InnerLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         engine: AdjointEngine = ctx.engine
-        inner: _Loop = ctx.inner
         x, y, theta, *psi = ctx.saved_tensors
+        if _numbers(engine.rule) != ctx.numbers:
+            raise RuntimeError("rule: a number of it (a rate, for instance) changed between forward and backward")
+        with _with_parameters(engine.rule, psi):
+            d_theta, d_psi = _InnerLoop._adjoint(ctx, cotangents, x, y, theta, psi)
+        return None, None, None, None, d_theta, *d_psi
+
+    @staticmethod
+    def _adjoint(
+        ctx: Any, cotangents: Sequence[Tensor | None], x: Tensor, y: Tensor, theta: Tensor, psi: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        engine: AdjointEngine = ctx.engine
+        inner: _Loop = ctx.inner
         d_psi = [torch.zeros_like(p) for p in psi]
         lam: Tensor | None = None  # none yet, or none beyond a cut
         lam_state: Cotangents = ()
@@ -148,7 +160,37 @@ class _InnerLoop(torch.autograd.Function):
             d_theta = lam + _init_vjp(engine.rule, ctx.tape[0][0], lam_state, d_psi)
             if theta.dim() == 1:
                 d_theta = d_theta.sum(0)
-        return None, None, None, None, d_theta, *d_psi
+        return d_theta, d_psi
+
+
+def _numbers(rule: UpdateRule) -> list[tuple[str, object]]:
+    """What a rule's step hangs on besides its parameters, as far as it is plain numbers."""
+    return [
+        (f"{name}.{key}", value)
+        for name, module in rule.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str))
+    ]
+
+
+@contextmanager
+def _with_parameters(rule: UpdateRule, psi: Sequence[Tensor]) -> Iterator[None]:
+    """The rule with the parameters of the forward, should it have others by now (after functional_call, say)."""
+    live = list(rule.parameters())
+    if len(live) != len(psi):
+        raise RuntimeError("rule: its parameters changed between forward and backward")
+    if all(a is b for a, b in zip(live, psi)):
+        yield
+        return
+    then = {id(now): was for now, was in zip(live, psi)}
+    tables = [(module._parameters, dict(module._parameters)) for module in rule.modules()]
+    try:
+        for table, now in tables:
+            table.update({key: then[id(p)] for key, p in now.items() if p is not None})  # type: ignore[misc]
+        yield
+    finally:
+        for table, now in tables:
+            table.update(now)
 
 
 class _Forward(torch.autograd.Function):

@@ -81,6 +81,10 @@ class NativeNetwork:
         named = dict(task.model.named_parameters())
         self._frozen = [named[name] for name in self.lowered.constants]
 
+    def hooked(self) -> bool:
+        """Whether a parameter has hooks, which only autograd calls."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+
     def constants(self) -> Tensor | None:
         """(F,) the frozen parameters' numbers, None where there are none."""
         if not self._frozen:
@@ -98,6 +102,11 @@ class NativeNetwork:
         call = self.engine.accumulate if accumulate else self.engine.meta_step
         uneven = isinstance(inner.rates, Tensor)
         optimizer = inner.optimizer
+        if optimizer is not None and optimizer.weights[0].dtype != self.parameters[0].dtype:
+            raise TypeError(
+                f"optimizer: expected weights of dtype {self.parameters[0].dtype} as the model's, "
+                f"got {optimizer.weights[0].dtype}"
+            )
         if optimizer is not None and optimizer.size not in (None, self.lowered.adapting):
             raise ValueError(f"moves: expected one for each of {self.lowered.adapting}, got {optimizer.size}")
         result: tuple[Tensor, Tensor, Tensor, Tensor | None] = call(

@@ -150,7 +150,7 @@ class GradientLearner(nn.Module):
         """
         network = self._check(episodes, weights)
         inner = None if network is None else self._fused(episodes, weights)
-        if network is not None and inner is not None and not self._learned(inner):
+        if network is not None and inner is not None and not self._learned(inner) and not network.hooked():
             return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
@@ -248,7 +248,7 @@ class GradientLearner(nn.Module):
         check_weights(weights, episodes, episodes.support_x.dtype)
         check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
         self._check_query_weights()
-        signature = episodes.signature
+        signature = (episodes.signature, self.support_batch)
         network = self._task.native.known(signature)
         if network is not None:
             return network
@@ -264,6 +264,9 @@ class GradientLearner(nn.Module):
             x_name, y_name = f"{part}_x", f"{part}_y"
             shape = self._task.check_inputs(x_name, getattr(episodes, x_name))
             self._task.loss.check(x_name, y_name, getattr(episodes, y_name), shape)
+        if self.support_batch is not None:
+            # So few at once may be what a layer refuses: batch norm a single one.
+            self._task.check_inputs("support_x", episodes.support_x[:, : self.support_batch])
 
 
 class Adapted:

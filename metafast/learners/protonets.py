@@ -70,7 +70,7 @@ class ProtoNets(nn.Module):
         """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``."""
         ways = self._check(episodes, weights)
         network = self._one_call(episodes, weights)
-        if network is not None:
+        if network is not None and not network.hooked():
             return Outcome(*network.prototypes(episodes, ways, self.metric, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
@@ -114,8 +114,8 @@ class ProtoNets(nn.Module):
         top = int(episodes.query_y.max())
         if top >= ways:
             raise ValueError(f"query_y: expected labels below {ways}, the classes with support, got {top}")
-        for name in ("support_x", "query_x"):
-            self._task.check_inputs(name, getattr(episodes, name))
+        # Of one task, support and query together, as they will go through the encoder.
+        self._task.check_inputs("support_x", torch.cat([episodes.support_x[:1], episodes.query_x[:1]], dim=1))
         check_weights(weights, episodes, episodes.support_x.dtype)
         return ways
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp
 
 from metafast import _check, _native
+from metafast.engine.layout import Layout
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import check_set
 from metafast.losses import resolve_loss
@@ -114,12 +115,13 @@ def _of_loss(module: object, params: Params, vector: Params, batch: tuple[object
     names = task.layout.names
     if set(params) != set(names):
         raise ValueError(f"params: expected the module's trainable {sorted(names)}, got {sorted(params)}")
-    for name, shape in zip(names, task.layout.shapes):
-        if params[name].shape != shape:
-            raise ValueError(f"params[{name!r}]: expected shape {tuple(shape)}, got {_check.describe(params[name])}")
     one_x, one_y = x.unsqueeze(0), y.unsqueeze(0)
     check_set("x", one_x, "y", one_y)
     task.loss.check("x", "y", one_y, task.check_inputs("x", one_x))
+    for name, shape in zip(names, task.layout.shapes):
+        if params[name].shape != shape:
+            raise ValueError(f"params[{name!r}]: expected shape {tuple(shape)}, got {_check.describe(params[name])}")
+        _check.like(f"params[{name!r}]", params[name], dtype=x.dtype, device=x.device, owner="x")
     found = _by_kernels(task, [params[name] for name in names], [vector[name] for name in names], one_x, one_y)
     if found is not None:
         return found
@@ -174,7 +176,7 @@ _tasks: OrderedDict[tuple[int, str], TaskModel] = OrderedDict()
 def _task(module: nn.Module, loss: str) -> TaskModel:
     key = (id(module), loss)
     task = _tasks.get(key)
-    if task is None or task.layout.names != tuple(n for n, p in module.named_parameters() if p.requires_grad):
+    if task is None or task.layout != Layout.of(module, "fn_or_module"):
         task = _tasks[key] = TaskModel(module, resolve_loss(loss), "batch", argument="fn_or_module")
     _tasks.move_to_end(key)
     if len(_tasks) > _MOST_KEPT:
