@@ -9,6 +9,20 @@
 
 namespace metafast::METAFAST_GPU {
 
+// Allows the kernel that many bytes of dynamic shared memory; false where the device has fewer.
+template <class... Params>
+bool allow_shared(void (*kernel)(Params...), size_t bytes) {
+  // No size of an array for which this int would be too small is one that a block can have.
+  if (bytes > size_t(1) << 30) return false;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess) {
+    return true;
+  }
+#ifdef __CUDACC__
+  cudaGetLastError();  // or the next launch would take it for its own
+#endif
+  return false;
+}
+
 // Starts kernel(args...) on the stream; throws std::runtime_error where CUDA refuses the launch. The emulator
 // waits for the end, and throws for all that is wrong in the kernel.
 template <class... Params, class... Args>

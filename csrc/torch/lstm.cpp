@@ -1,7 +1,7 @@
 // lstm_update and lstm_update_backward, the front door from torch to the kernels of the coordinatewise LSTM.
 //
 // From the public function to the loop: metafast/ops/lstm.py (checks with the user's names, schemas, fake
-// kernels, derivatives) -> here -> cpu/lstm_kernel.h.
+// kernels, derivatives) -> here -> cpu/lstm_kernel.h or cuda/lstm.cuh.
 #include "../cpu/lstm.h"
 
 #include <ATen/Parallel.h>
@@ -12,9 +12,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "../cpu/isa.h"
+#include "../cuda/lstm.h"
 #include "lstm_weights.h"
+#include "simt.h"
+
+#ifdef METAFAST_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace metafast {
 namespace {
@@ -30,7 +38,8 @@ const cpu::LstmFunctions<Real>& functions() {
 
 void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
   const auto check_one = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t.device());
+    TORCH_CHECK_VALUE(t.device() == grads.device(), name, ": expected device ", grads.device(), ", got ",
+                      t.device());
     TORCH_CHECK_TYPE(t.scalar_type() == grads.scalar_type(), name, ": expected dtype ", grads.scalar_type(),
                      ", got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
@@ -39,7 +48,7 @@ void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
                    "grads: expected float32 or float64, got ", grads.scalar_type());
   TORCH_CHECK_VALUE(state.dim() == 4, "state: expected (L, 2, N, H), got ", state.sizes());
   const int64_t layers = state.size(0), hidden = state.size(3);
-  check_lstm_weights(weights, hidden, layers, grads.scalar_type());
+  check_lstm_weights(weights, hidden, layers, grads.scalar_type(), false, grads.device());
   TORCH_CHECK_VALUE(grads.dim() == 1 || (grads.dim() == 2 && grads.size(0) > 0),
                     "grads: expected (N,), or (K, N) of at least one step, got ", grads.sizes());
   check_one("grads", grads, grads.sizes());
@@ -90,31 +99,33 @@ int64_t for_each_part(const Lstm<Real>& a, bool backward, const at::TensorOption
   return parts;
 }
 
-std::tuple<Tensor, Tensor> lstm_update(const Tensor& grads, const Tensor& state, at::TensorList weights,
-                                       double p) {
+using Forward = std::tuple<Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+// Checks, allocates, and hands the arguments to run(const Lstm<Real>&).
+template <class Run>
+Forward forward_by(const Tensor& grads, const Tensor& state, at::TensorList weights, double p,
+                   const Run& run) {
   check(grads, state, weights);
   const Tensor updates = at::empty(grads.sizes(), grads.options()),
                next = at::empty(state.sizes(), state.options());
   if (grads.numel() == 0) return {updates, next};
-  const auto run = [&](auto real) {
+  const auto with = [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
     held.lstm.updates = updates.mutable_data_ptr<Real>();
     held.lstm.next = next.mutable_data_ptr<Real>();
-    for_each_part(held.lstm, false, grads.options(),
-                  [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
-                    functions<Real>().forward(held.lstm, begin, end, workspace);
-                  });
+    run(std::as_const(held.lstm));
   };
-  grads.scalar_type() == at::kFloat ? run(float()) : run(double());
+  grads.scalar_type() == at::kFloat ? with(float()) : with(double());
   return {updates, next};
 }
 
-// The cotangents of grads and state, and those of the weights one after the other.
-std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tensor>& d_updates,
-                                                        const std::optional<Tensor>& d_next,
-                                                        const Tensor& grads, const Tensor& state,
-                                                        at::TensorList weights, double p) {
+// The same of the backward: run(const Lstm<Real>&, Real* d_weights), which finds zeros there.
+template <class Run>
+Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional<Tensor>& d_next,
+                     const Tensor& grads, const Tensor& state, at::TensorList weights, double p,
+                     const Run& run) {
   check(grads, state, weights);
   TORCH_CHECK_VALUE(!d_updates || d_updates->sizes() == grads.sizes(), "d_updates: expected shape ",
                     grads.sizes());
@@ -122,6 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tens
   for (const auto* d : {&d_updates, &d_next}) {
     TORCH_CHECK_TYPE(!*d || (*d)->scalar_type() == grads.scalar_type(), "cotangents: expected dtype ",
                      grads.scalar_type());
+    TORCH_CHECK_VALUE(!*d || (*d)->device() == grads.device(), "cotangents: expected device ",
+                      grads.device());
   }
   int64_t count = 0;
   for (const Tensor& w : weights) count += w.numel();
@@ -129,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tens
                d_state = at::empty(state.sizes(), state.options());
   const Tensor d_weights = at::zeros({count}, grads.options());
   if (grads.numel() == 0) return {d_grads, d_state, d_weights};
-  const auto run = [&](auto real) {
+  const auto with = [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
     Lstm<Real>& a = held.lstm;
@@ -137,25 +150,93 @@ std::tuple<Tensor, Tensor, Tensor> lstm_update_backward(const std::optional<Tens
     a.d_next = d_next ? held.hold(*d_next) : nullptr;
     a.d_grads = d_grads.mutable_data_ptr<Real>();
     a.d_state = d_state.mutable_data_ptr<Real>();
-    std::vector<Real> rows(size_t(kMostParts * count));
-    const int64_t parts = for_each_part(
-        a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
-          functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
-        });
-    Real* const sums = d_weights.mutable_data_ptr<Real>();
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t i = 0; i < count; ++i) sums[i] += rows[size_t(part * count + i)];
-    }
+    run(std::as_const(a), d_weights.mutable_data_ptr<Real>());
   };
-  grads.scalar_type() == at::kFloat ? run(float()) : run(double());
+  grads.scalar_type() == at::kFloat ? with(float()) : with(double());
   return {d_grads, d_state, d_weights};
 }
+
+// Several steps at once are the CPU's alone.
+[[maybe_unused]] void check_one_step(int64_t steps) {
+  TORCH_CHECK_VALUE(steps == 1, "grads: expected (N,), the gradients of one step, got those of ", steps);
+}
+
+Forward lstm_update_cpu(const Tensor& grads, const Tensor& state, at::TensorList weights, double p) {
+  return forward_by(grads, state, weights, p, [&]<class Real>(const Lstm<Real>& a) {
+#ifdef METAFAST_WITH_SIMT
+    if (simt_forced) {
+      check_one_step(a.steps);
+      const Tensor workspace = at::empty({simt::lstm_workspace(a, false)}, grads.options());
+      return simt::lstm_update(a, workspace.mutable_data_ptr<Real>(), nullptr);
+    }
+#endif
+    for_each_part(a, false, grads.options(), [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
+      functions<Real>().forward(a, begin, end, workspace);
+    });
+  });
+}
+
+// The cotangents of grads and state, and those of the weights one after the other.
+Backward lstm_update_backward_cpu(const std::optional<Tensor>& d_updates, const std::optional<Tensor>& d_next,
+                                  const Tensor& grads, const Tensor& state, at::TensorList weights,
+                                  double p) {
+  return backward_by(
+      d_updates, d_next, grads, state, weights, p, [&]<class Real>(const Lstm<Real>& a, Real* d_weights) {
+#ifdef METAFAST_WITH_SIMT
+        if (simt_forced) {
+          check_one_step(a.steps);
+          const Tensor workspace = at::empty({simt::lstm_workspace(a, true)}, grads.options());
+          return simt::lstm_update_backward(a, d_weights, workspace.mutable_data_ptr<Real>(), nullptr);
+        }
+#endif
+        const int64_t count = a.rule->count();
+        std::vector<Real> rows(size_t(kMostParts * count));
+        const int64_t parts =
+            for_each_part(a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
+              functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
+            });
+        for (int64_t part = 0; part < parts; ++part) {
+          for (int64_t i = 0; i < count; ++i) d_weights[i] += rows[size_t(part * count + i)];
+        }
+      });
+}
+
+#ifdef METAFAST_WITH_CUDA
+Forward lstm_update_cuda(const Tensor& grads, const Tensor& state, at::TensorList weights, double p) {
+  const c10::cuda::CUDAGuard guard(grads.device());
+  return forward_by(grads, state, weights, p, [&]<class Real>(const Lstm<Real>& a) {
+    check_one_step(a.steps);
+    const Tensor workspace = at::empty({cuda::lstm_workspace(a, false)}, grads.options());
+    cuda::lstm_update(a, workspace.mutable_data_ptr<Real>(), c10::cuda::getCurrentCUDAStream());
+  });
+}
+
+Backward lstm_update_backward_cuda(const std::optional<Tensor>& d_updates,
+                                   const std::optional<Tensor>& d_next, const Tensor& grads,
+                                   const Tensor& state, at::TensorList weights, double p) {
+  const c10::cuda::CUDAGuard guard(grads.device());
+  return backward_by(d_updates, d_next, grads, state, weights, p,
+                     [&]<class Real>(const Lstm<Real>& a, Real* d_weights) {
+                       check_one_step(a.steps);
+                       const Tensor workspace = at::empty({cuda::lstm_workspace(a, true)}, grads.options());
+                       cuda::lstm_update_backward(a, d_weights, workspace.mutable_data_ptr<Real>(),
+                                                  c10::cuda::getCurrentCUDAStream());
+                     });
+}
+#endif
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(metafast, CPU, m) {
-  m.impl("lstm_update", lstm_update);
-  m.impl("lstm_update_backward", lstm_update_backward);
+  m.impl("lstm_update", lstm_update_cpu);
+  m.impl("lstm_update_backward", lstm_update_backward_cpu);
 }
+
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(metafast, CUDA, m) {
+  m.impl("lstm_update", lstm_update_cuda);
+  m.impl("lstm_update_backward", lstm_update_backward_cuda);
+}
+#endif
 
 }  // namespace metafast

@@ -10,10 +10,10 @@
 
 namespace metafast {
 
-// Raises where a tensor is not what LstmWeights says, of `dtype` on the CPU; one more tensor is the start,
+// Raises where a tensor is not what LstmWeights says, of `dtype` on `device`; one more tensor is the start,
 // where that is allowed.
 inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t layers, at::ScalarType dtype,
-                               bool may_start = false) {
+                               bool may_start = false, at::Device device = at::kCPU) {
   TORCH_CHECK_VALUE(layers >= 1 && layers <= kMostLstmLayers && hidden >= 1, "weights: expected 1 to ",
                     kMostLstmLayers, " layers and at least one unit, got ", layers, " of ", hidden);
   const int64_t size = int64_t(weights.size()), whole = 3 * layers + 2;
@@ -21,7 +21,8 @@ inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t l
                     " tensors, got ", size);
   const auto check = [&](int64_t index, at::IntArrayRef sizes) {
     const at::Tensor& t = weights[size_t(index)];
-    TORCH_CHECK_VALUE(t.device().is_cpu(), "weights: expected tensors on the CPU, got one on ", t.device());
+    TORCH_CHECK_VALUE(t.device() == device, "weights: expected tensors on ", device, ", got one on ",
+                      t.device());
     TORCH_CHECK_TYPE(t.scalar_type() == dtype, "weights: expected dtype ", dtype, ", got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.sizes() == sizes, "weights[", index, "]: expected shape ", sizes, ", got ",
                       t.sizes());

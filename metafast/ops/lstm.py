@@ -1,7 +1,7 @@
 """One step of the coordinatewise LSTM optimiser (Andrychowicz et al. 2016) on a vector of gradients.
 
 From the public function to the loop: :func:`lstm_update` here (checks, with the user's names) -> csrc/torch/lstm.cpp ->
-csrc/cpu/lstm_kernel.h. Without kernels for the tensors at hand: :func:`_twin`.
+csrc/cpu/lstm_kernel.h or csrc/cuda/lstm.cuh. Without kernels for the tensors at hand: :func:`_twin`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIBRARY.define(
     "lstm_update_backward(Tensor? d_updates, Tensor? d_next, Tensor grads, Tensor state, Tensor[] weights, float p)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_KERNELS = ("cpu",)
+_KERNELS = ("cpu", "simt", "cuda")
 MOST_LAYERS = 8  # of the kernels, csrc/lstm.h
 
 

@@ -43,10 +43,11 @@ def test_different_bits_in_some_order_fail() -> None:
 @simt
 def test_what_has_no_kernels_is_refused() -> None:
     maml = mf.MAML(mf.models.MLP(1, (4,), 1), lr=0.1, steps=1, loss="mse")
-    optimizer = mf.LSTMOptimizer(hidden=4)
+    net, x = mf.models.MLP(1, (4,), 1), torch.ones(3, 1)
+    params = {name: p.detach() for name, p in net.named_parameters()}
     episodes = mf.data.Sinusoid().sample(tasks=2, shots=3)
     with mf.use_backend("simt"):
         with pytest.raises(ValueError, match="backend 'simt' is forced, but there is no simt engine yet"):
             maml(episodes)
         with pytest.raises(ValueError, match="backend 'simt' is forced, but this operator has no kernels for simt"):
-            mf.ops.lstm_update(torch.ones(3), optimizer.init(3), list(optimizer.weights))
+            mf.ops.hvp(net, params, params, x, x, loss="mse")
