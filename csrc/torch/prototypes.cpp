@@ -2,8 +2,8 @@
 //
 // From the public function to the loop: metafast/ops/prototypes.py (checks of shapes with the user's names,
 // schemas, fake kernels, second derivatives) -> here (checks of labels and masks, the first derivative) ->
-// cpu/prototypes_kernel.h. The first derivative stands here because autograd's way through Python would take
-// longer than the kernels on small episodes.
+// cpu/prototypes_kernel.h or cuda/prototypes.cuh. The first derivative stands here because autograd's way
+// through Python would take longer than the kernels on small episodes.
 #include "../cpu/prototypes.h"
 
 #include <ATen/Parallel.h>
@@ -19,7 +19,15 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../cuda/prototypes.h"
+#include "../cuda/weighted_sum.h"
 #include "metric.h"
+#include "simt.h"
+
+#ifdef METAFAST_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace metafast {
 namespace {
@@ -39,13 +47,14 @@ const cpu::PrototypeFunctions<Real>& functions() {
 // The arguments that forward and backward share, contiguous.
 struct Arguments {
   Tensor support, support_labels, query, query_labels, support_mask, query_mask, class_mask;
+  at::Device device;
   int64_t tasks, supports, queries, features, ways;
   Metric metric;
   std::vector<int64_t> there;  // queries of each task
 
   Arguments(const Tensor& s, const Tensor& s_labels, const Tensor& q, const Maybe& q_labels, int64_t classes,
             c10::string_view name, const Maybe& s_mask, const Maybe& q_mask, const Maybe& c_mask)
-      : ways(classes), metric(metric_of(name)) {
+      : device(s.device()), ways(classes), metric(metric_of(name)) {
     TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble,
                      "support: expected float32 or float64, got ", s.scalar_type());
     TORCH_CHECK_VALUE(s.dim() == 3 && s.numel() > 0, "support: expected (T, Ns, D), none of them 0, got ",
@@ -64,9 +73,9 @@ struct Arguments {
     check_contents();
   }
 
-  static Tensor taken(const char* name, const Maybe& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+  Tensor taken(const char* name, const Maybe& t, at::IntArrayRef sizes, at::ScalarType dtype) const {
     if (!t) return {};
-    TORCH_CHECK_VALUE(t->device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t->device());
+    TORCH_CHECK_VALUE(t->device() == device, name, ": expected device ", device, ", got ", t->device());
     TORCH_CHECK_TYPE(t->scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t->scalar_type());
     TORCH_CHECK_VALUE(t->sizes() == sizes, name, ": expected shape ", sizes, ", got ", t->sizes());
     return t->contiguous();
@@ -77,12 +86,20 @@ struct Arguments {
   }
 
   // Labels are in range and of classes that are there; every class that is there has support, and every task
-  // a query.
+  // a query. A GPU's are copied for that, which waits for it.
   void check_contents() {
-    const int64_t *const s_labels = memory<int64_t>(support_labels), *const q_labels =
-                                                                         memory<int64_t>(query_labels);
-    const bool *const s_mask = memory<bool>(support_mask), *const q_mask = memory<bool>(query_mask),
-                      *const c_mask = memory<bool>(class_mask);
+    std::vector<Tensor> copies;
+    const auto on_host = [&](const Tensor& t) -> const Tensor& {
+      if (!t.defined() || t.is_cpu()) return t;
+      copies.push_back(t.cpu());
+      return copies.back();
+    };
+    copies.reserve(5);
+    const int64_t* const s_labels = memory<int64_t>(on_host(support_labels));
+    const int64_t* const q_labels = memory<int64_t>(on_host(query_labels));
+    const bool* const s_mask = memory<bool>(on_host(support_mask));
+    const bool* const q_mask = memory<bool>(on_host(query_mask));
+    const bool* const c_mask = memory<bool>(on_host(class_mask));
     check_range("support_labels", s_labels, s_mask, tasks * supports);
     if (q_labels != nullptr) check_range("query_labels", q_labels, q_mask, tasks * queries);
     std::vector<uint8_t> has(size_t(ways), 0);
@@ -165,54 +182,56 @@ void with_real(at::ScalarType dtype, const Run& run) {
   dtype == at::kFloat ? run(float()) : run(double());
 }
 
-Forward prototype_head(const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                       const Maybe& query_labels, int64_t ways, c10::string_view metric,
-                       const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask) {
-  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
-                    ways_mask);
+// Allocates, and hands it to run(const PrototypeHead<Real>&, losses).
+template <class Run>
+Forward forward_by(const Arguments& a, const Run& run) {
   const auto options = a.support.options();
   const bool with_loss = a.query_labels.defined();
   const Tensor losses = at::empty({with_loss ? a.tasks : 0}, options);
-  const Tensor logits = at::empty({a.tasks, a.queries, ways}, options);
-  const Tensor means = at::empty({a.tasks, ways, a.features}, options);
-  const Tensor residual = at::empty({with_loss ? a.tasks : 0, ways, whole_groups(a.queries)}, options);
-  with_real(support.scalar_type(), [&](auto real) {
+  const Tensor logits = at::empty({a.tasks, a.queries, a.ways}, options);
+  const Tensor means = at::empty({a.tasks, a.ways, a.features}, options);
+  const Tensor residual = at::empty({with_loss ? a.tasks : 0, a.ways, whole_groups(a.queries)}, options);
+  with_real(a.support.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     PrototypeHead<Real> h = a.head<Real>();
-    std::vector<double> sums(size_t(a.tasks * h.parts));
     h.means = means.mutable_data_ptr<Real>(), h.logits = logits.mutable_data_ptr<Real>();
-    h.sums = sums.data(), h.residual = residual.mutable_data_ptr<Real>();
-    a.for_each(h, h.parts, [&](int64_t task, int64_t part, Real* workspace) {
-      functions<Real>().forward(h, task, part, workspace);
-    });
-    Real* const to = losses.mutable_data_ptr<Real>();
-    for (int64_t t = 0; with_loss && t < a.tasks; ++t) {
-      double sum = 0;
-      for (int64_t part = 0; part < h.parts; ++part) sum += sums[size_t(t * h.parts + part)];
-      to[t] = Real(sum / double(a.there[size_t(t)]));
-    }
+    h.residual = residual.mutable_data_ptr<Real>();
+    run(h, losses);
   });
   return {losses, logits, means, residual};
 }
 
-// Cotangents of support and query; logits, means and residual are the forward's.
-Backward prototype_head_backward(const Maybe& d_losses, const Maybe& d_logits, const Tensor& support,
-                                 const Tensor& support_labels, const Tensor& query, const Maybe& query_labels,
-                                 const Tensor& logits, const Tensor& means, const Tensor& residual,
-                                 int64_t ways, c10::string_view metric, const Maybe& support_mask,
-                                 const Maybe& query_mask, const Maybe& ways_mask) {
-  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
-                    ways_mask);
-  const at::ScalarType dtype = support.scalar_type();
-  TORCH_CHECK_VALUE(!d_losses || query_labels, "d_losses: expected none without query_labels");
+template <class Real>
+void forward_on_cpu(const Arguments& a, PrototypeHead<Real> h, const Tensor& losses) {
+  std::vector<double> sums(size_t(a.tasks * h.parts));
+  h.sums = sums.data();
+  a.for_each(h, h.parts, [&](int64_t task, int64_t part, Real* workspace) {
+    functions<Real>().forward(h, task, part, workspace);
+  });
+  Real* const to = losses.mutable_data_ptr<Real>();
+  for (int64_t t = 0; t < losses.numel(); ++t) {
+    double sum = 0;
+    for (int64_t part = 0; part < h.parts; ++part) sum += sums[size_t(t * h.parts + part)];
+    to[t] = Real(sum / double(a.there[size_t(t)]));
+  }
+}
+
+// Checks, allocates, and hands it to run(const PrototypeHead<Real>&, cotangents of the losses), for the
+// cotangents of support and query; logits, means and residual are the forward's.
+template <class Run>
+Backward backward_by(const Arguments& a, const Maybe& d_losses, const Maybe& d_logits, const Tensor& logits,
+                     const Tensor& means, const Tensor& residual, const Run& run) {
+  const at::ScalarType dtype = a.support.scalar_type();
+  const bool with_loss = a.query_labels.defined();
+  TORCH_CHECK_VALUE(!d_losses || with_loss, "d_losses: expected none without query_labels");
   const Tensor along_losses = a.taken("d_losses", d_losses, {a.tasks}, dtype);
-  const Tensor along_logits = a.taken("d_logits", d_logits, {a.tasks, a.queries, ways}, dtype);
-  const Tensor kept_logits = a.taken("logits", logits, {a.tasks, a.queries, ways}, dtype);
-  const Tensor kept_means = a.taken("means", means, {a.tasks, ways, a.features}, dtype);
+  const Tensor along_logits = a.taken("d_logits", d_logits, {a.tasks, a.queries, a.ways}, dtype);
+  const Tensor kept_logits = a.taken("logits", logits, {a.tasks, a.queries, a.ways}, dtype);
+  const Tensor kept_means = a.taken("means", means, {a.tasks, a.ways, a.features}, dtype);
   const Tensor kept_residual =
-      a.taken("residual", residual, {query_labels ? a.tasks : 0, ways, whole_groups(a.queries)}, dtype);
-  const Tensor d_support = at::empty(support.sizes(), a.support.options()),
-               d_query = at::empty(query.sizes(), a.support.options());
+      a.taken("residual", residual, {with_loss ? a.tasks : 0, a.ways, whole_groups(a.queries)}, dtype);
+  const Tensor d_support = at::empty(a.support.sizes(), a.support.options()),
+               d_query = at::empty(a.query.sizes(), a.support.options());
   with_real(dtype, [&](auto real) {
     using Real = decltype(real);
     PrototypeHead<Real> h = a.head<Real>();
@@ -221,27 +240,161 @@ Backward prototype_head_backward(const Maybe& d_losses, const Maybe& d_logits, c
     h.means = const_cast<Real*>(kept_means.const_data_ptr<Real>());
     h.residual = const_cast<Real*>(kept_residual.const_data_ptr<Real>());
     h.d_support = d_support.mutable_data_ptr<Real>(), h.d_query = d_query.mutable_data_ptr<Real>();
-    std::vector<Real> d_sums(size_t(a.tasks));
-    if (along_losses.defined()) {
-      const Real* const from = along_losses.const_data_ptr<Real>();
-      for (size_t t = 0; t < d_sums.size(); ++t) d_sums[t] = from[t] / Real(a.there[t]);
-      h.d_sums = d_sums.data();
-    }
     h.d_logits = a.memory<Real>(along_logits);
-    Tensor rows;
-    if (h.parts > 1) {
-      rows = at::empty({a.tasks, h.parts, functions<Real>().d_means(h)}, a.support.options());
-      h.d_means = rows.mutable_data_ptr<Real>();
-    }
-    a.for_each(h, h.parts, [&](int64_t task, int64_t part, Real* workspace) {
-      functions<Real>().backward(h, task, part, workspace);
-    });
-    if (h.parts == 1) return;
-    a.for_each(h, 1,
-               [&](int64_t task, int64_t, Real* workspace) { functions<Real>().finish(h, task, workspace); });
+    run(h, along_losses);
   });
   return {d_support, d_query};
 }
+
+template <class Real>
+void backward_on_cpu(const Arguments& a, PrototypeHead<Real> h, const Tensor& d_losses) {
+  std::vector<Real> d_sums(size_t(a.tasks));
+  if (d_losses.defined()) {
+    const Real* const from = d_losses.const_data_ptr<Real>();
+    for (size_t t = 0; t < d_sums.size(); ++t) d_sums[t] = from[t] / Real(a.there[t]);
+    h.d_sums = d_sums.data();
+  }
+  Tensor rows;
+  if (h.parts > 1) {
+    rows = at::empty({a.tasks, h.parts, functions<Real>().d_means(h)}, a.support.options());
+    h.d_means = rows.mutable_data_ptr<Real>();
+  }
+  a.for_each(h, h.parts, [&](int64_t task, int64_t part, Real* workspace) {
+    functions<Real>().backward(h, task, part, workspace);
+  });
+  if (h.parts == 1) return;
+  a.for_each(h, 1,
+             [&](int64_t task, int64_t, Real* workspace) { functions<Real>().finish(h, task, workspace); });
+}
+
+#if defined(METAFAST_WITH_SIMT) || defined(METAFAST_WITH_CUDA)
+// What the kernels of cuda/prototypes.cuh hand to each other, as long as this is held.
+template <class Real>
+struct Workspace {
+  PrototypeWorkspace<Real> memory{};
+  std::vector<Tensor> tensors;
+
+  Workspace(const Arguments& a, bool backward) {
+    const auto take = [&](at::IntArrayRef sizes) {
+      tensors.push_back(at::empty(sizes, a.support.options()));
+      return tensors.back().mutable_data_ptr<Real>();
+    };
+    const bool cosine = a.metric == Metric::cosine;
+    if (cosine) memory.mean_inverse = take({a.tasks, a.ways});
+    if (cosine) memory.query_inverse = take({a.tasks, a.queries});
+    if (backward) memory.weights = take({a.tasks, a.ways, a.queries});
+    if (backward && cosine) memory.self = take({a.tasks, a.queries});
+    if (backward && cosine) memory.d_means = take({a.tasks, a.ways, a.features});
+  }
+};
+
+// Of sums over a task's queries, or their cotangents, means in place.
+void divide_by_queries(const Arguments& a, Tensor sums) {
+  if (a.query_mask.defined()) {
+    sums.div_(a.query_mask.sum(1));
+  } else {
+    sums.div_(a.queries);
+  }
+}
+
+// Gpu: the launchers of a namespace, with its stream.
+template <class Gpu, class Real>
+void forward_on(const Gpu& gpu, const Arguments& a, PrototypeHead<Real> h, const Tensor& losses) {
+  const Workspace<Real> workspace(a, false);
+  h.parts = (a.queries + kPrototypeTile - 1) / kPrototypeTile;
+  const auto options = a.support.options().dtype(at::kDouble);
+  const Tensor parts = at::empty({h.parts, a.tasks}, options), sums = at::empty({a.tasks}, options);
+  h.sums = parts.mutable_data_ptr<double>();
+  gpu.forward(h, workspace.memory);
+  if (!a.query_labels.defined()) return;
+  gpu.sum({h.sums, nullptr, h.parts, a.tasks, sums.mutable_data_ptr<double>()});
+  divide_by_queries(a, sums);
+  losses.copy_(sums);
+}
+
+template <class Gpu, class Real>
+void backward_on(const Gpu& gpu, const Arguments& a, PrototypeHead<Real> h, const Tensor& d_losses) {
+  const Workspace<Real> workspace(a, true);
+  Tensor d_sums;
+  if (d_losses.defined()) {
+    d_sums = d_losses.clone();
+    divide_by_queries(a, d_sums);
+    h.d_sums = d_sums.const_data_ptr<Real>();
+  }
+  gpu.backward(h, workspace.memory);
+}
+#endif
+
+#ifdef METAFAST_WITH_SIMT
+struct Simt {
+  void forward(const auto&... arguments) const { simt::prototype_head(arguments..., nullptr); }
+  void backward(const auto&... arguments) const { simt::prototype_head_backward(arguments..., nullptr); }
+  void sum(const WeightedSum<double>& arguments) const { simt::weighted_sum(arguments, nullptr); }
+};
+#endif
+
+Forward prototype_head_cpu(const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                           const Maybe& query_labels, int64_t ways, c10::string_view metric,
+                           const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask) {
+  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
+                    ways_mask);
+  return forward_by(a, [&](const auto& h, const Tensor& losses) {
+#ifdef METAFAST_WITH_SIMT
+    if (simt_forced) return forward_on(Simt(), a, h, losses);
+#endif
+    forward_on_cpu(a, h, losses);
+  });
+}
+
+Backward prototype_head_backward_cpu(const Maybe& d_losses, const Maybe& d_logits, const Tensor& support,
+                                     const Tensor& support_labels, const Tensor& query,
+                                     const Maybe& query_labels, const Tensor& logits, const Tensor& means,
+                                     const Tensor& residual, int64_t ways, c10::string_view metric,
+                                     const Maybe& support_mask, const Maybe& query_mask,
+                                     const Maybe& ways_mask) {
+  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
+                    ways_mask);
+  return backward_by(a, d_losses, d_logits, logits, means, residual,
+                     [&](const auto& h, const Tensor& along_losses) {
+#ifdef METAFAST_WITH_SIMT
+                       if (simt_forced) return backward_on(Simt(), a, h, along_losses);
+#endif
+                       backward_on_cpu(a, h, along_losses);
+                     });
+}
+
+#ifdef METAFAST_WITH_CUDA
+struct Cuda {
+  CUstream_st* stream = c10::cuda::getCurrentCUDAStream();
+
+  void forward(const auto&... arguments) const { cuda::prototype_head(arguments..., stream); }
+  void backward(const auto&... arguments) const { cuda::prototype_head_backward(arguments..., stream); }
+  void sum(const WeightedSum<double>& arguments) const { cuda::weighted_sum(arguments, stream); }
+};
+
+Forward prototype_head_cuda(const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                            const Maybe& query_labels, int64_t ways, c10::string_view metric,
+                            const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask) {
+  const c10::cuda::CUDAGuard guard(support.device());
+  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
+                    ways_mask);
+  return forward_by(a, [&](const auto& h, const Tensor& losses) { forward_on(Cuda(), a, h, losses); });
+}
+
+Backward prototype_head_backward_cuda(const Maybe& d_losses, const Maybe& d_logits, const Tensor& support,
+                                      const Tensor& support_labels, const Tensor& query,
+                                      const Maybe& query_labels, const Tensor& logits, const Tensor& means,
+                                      const Tensor& residual, int64_t ways, c10::string_view metric,
+                                      const Maybe& support_mask, const Maybe& query_mask,
+                                      const Maybe& ways_mask) {
+  const c10::cuda::CUDAGuard guard(support.device());
+  const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
+                    ways_mask);
+  return backward_by(
+      a, d_losses, d_logits, logits, means, residual,
+      [&](const auto& h, const Tensor& along_losses) { backward_on(Cuda(), a, h, along_losses); });
+}
+#endif
 
 template <class Signature>
 auto find(const char* name) {
@@ -250,7 +403,7 @@ auto find(const char* name) {
 Forward below_autograd(const Tensor& support, const Tensor& support_labels, const Tensor& query,
                        const Maybe& query_labels, int64_t ways, c10::string_view metric,
                        const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask) {
-  static const auto op = find<decltype(prototype_head)>("metafast::prototype_head");
+  static const auto op = find<decltype(prototype_head_cpu)>("metafast::prototype_head");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
                  ways_mask);
@@ -284,7 +437,7 @@ struct HeadFunction : torch::autograd::Function<HeadFunction> {
     const Maybe d_losses = saved[3].defined() ? maybe(cotangents[0]) : std::nullopt,
                 d_logits = maybe(cotangents[1]);
     if (!d_losses && !d_logits) return result;
-    static const auto op = find<decltype(prototype_head_backward)>("metafast::prototype_head_backward");
+    static const auto op = find<decltype(prototype_head_backward_cpu)>("metafast::prototype_head_backward");
     // Only where the backward is differentiated itself need it pass by its own derivative, in Python.
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
@@ -311,9 +464,16 @@ Forward prototype_head_autograd(const Tensor& support, const Tensor& support_lab
 }  // namespace
 
 TORCH_LIBRARY_IMPL(metafast, CPU, m) {
-  m.impl("prototype_head", prototype_head);
-  m.impl("prototype_head_backward", prototype_head_backward);
+  m.impl("prototype_head", prototype_head_cpu);
+  m.impl("prototype_head_backward", prototype_head_backward_cpu);
 }
+
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(metafast, CUDA, m) {
+  m.impl("prototype_head", prototype_head_cuda);
+  m.impl("prototype_head_backward", prototype_head_backward_cuda);
+}
+#endif
 
 // Of the CPU alone: elsewhere the derivative is that of metafast/ops/prototypes.py.
 TORCH_LIBRARY_IMPL(metafast, AutogradCPU, m) { m.impl("prototype_head", prototype_head_autograd); }

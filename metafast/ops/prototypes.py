@@ -1,8 +1,8 @@
 """Prototypes and the distances to them: the head of Prototypical Networks (Snell et al. 2017, arXiv:1703.05175).
 
 From the public functions to the loop: here (checks of shapes, with the user's names) -> csrc/torch/prototypes.cpp
-(labels and masks, the first derivative) -> csrc/cpu/prototypes_kernel.h. Without kernels for the tensors at hand, and
-for second derivatives: :func:`_twin`.
+(labels and masks, the first derivative) -> csrc/cpu/prototypes_kernel.h or csrc/cuda/prototypes.cuh. Without kernels
+for the tensors at hand, and for second derivatives: :func:`_twin`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _LIBRARY.define(
     " Tensor? query_labels, Tensor logits, Tensor means, Tensor residual, int ways, str metric,"
     f" {_MASKS}) -> (Tensor, Tensor)"
 )
+_KERNELS = ("cpu", "simt", "cuda")
 _QUERY_GROUP = 16  # csrc/prototypes.h
 
 
@@ -234,7 +235,7 @@ def _head(
     ways_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     masks = (support_mask, query_mask, ways_mask)
-    if _native.runs("support", support, query, kernels=("cpu",)):
+    if _native.runs("support", support, query, kernels=_KERNELS):
         losses, logits, _, _ = torch.ops.metafast.prototype_head(
             support, support_labels, query, query_labels, ways, metric, *masks
         )

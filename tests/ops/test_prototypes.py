@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,10 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.ops.prototypes import METRICS, prototype_head
-from tests.backends import LEARNER_BACKENDS, poisoned
+from tests.backends import device_of, in_every_order, on_backends, on_kernels, poisoned
 from tests.backends import native as needs_kernels
 
 BAR = 1e-10
-on_backends = pytest.mark.parametrize("backend", LEARNER_BACKENDS)
 on_metrics = pytest.mark.parametrize("metric", METRICS)
 
 
@@ -45,6 +44,11 @@ class Head:
     def to(self, dtype: torch.dtype) -> Head:
         return replace(self, support=self.support.to(dtype), query=self.query.to(dtype))
 
+    def on(self, backend: str) -> Head:
+        """The same where a backend's tensors are."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device_of(backend)) for n, t in tensors.items() if isinstance(t, Tensor)})
+
     def run(self, metric: str, support: Tensor | None = None, query: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Losses and logits by the operator."""
         s, q = self.support if support is None else support, self.query if query is None else query
@@ -66,10 +70,10 @@ class Head:
                 scores = -((q[:, None] - means[None]) ** 2).sum(-1)
                 if metric == "euclidean":
                     scores = -(-scores).sqrt()
-            targets = torch.tensor([classes.index(int(c)) for c in self.query_labels[t][asked]])
+            targets = torch.tensor([classes.index(int(c)) for c in self.query_labels[t][asked]], device=q.device)
             losses.append(F.cross_entropy(scores, targets))
             full = scores.new_zeros(all_q.shape[1], self.ways)
-            full[asked] = full[asked].index_copy(1, torch.tensor(classes), scores)
+            full[asked] = full[asked].index_copy(1, torch.tensor(classes, device=q.device), scores)
             absent = [c for c in range(self.ways) if c not in classes]
             full[:, absent] = -math.inf
             logits.append(full)
@@ -115,11 +119,12 @@ def gradients(head: Head, metric: str, by: str, of: str = "both") -> list[Tensor
     leaves = [head.support.detach().requires_grad_(), head.query.detach().requires_grad_()]
     losses, logits = getattr(head, by)(metric, *leaves)
     finite = logits.masked_fill(logits.isinf(), 0)
-    total = torch.zeros((), dtype=losses.dtype)
+    total = losses.new_zeros(())
     if of != "logits":
-        total = total + (losses * torch.arange(1, len(losses) + 1)).sum()
+        total = total + (losses * torch.arange(1, len(losses) + 1, device=losses.device)).sum()
     if of != "losses":
-        total = total + (finite * torch.linspace(-1, 2, finite.numel(), dtype=losses.dtype).view_as(finite)).sum()
+        factors = torch.linspace(-1, 2, finite.numel(), dtype=losses.dtype, device=losses.device)
+        total = total + (finite * factors.view_as(finite)).sum()
     return [losses.detach(), logits.detach(), *torch.autograd.grad(total, leaves)]
 
 
@@ -151,7 +156,7 @@ SIZES = [
 @on_metrics
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_values_and_gradients(size: tuple[int, int, int, int, int], metric: str, backend: str) -> None:
-    head = problem(*size)
+    head = problem(*size).on(backend)
     with mf.use_backend(backend), poisoned():
         found = gradients(head, metric, "run")
         logits = mf.ops.prototype_logits(head.support, head.support_labels, head.query, head.ways, metric)
@@ -167,7 +172,7 @@ def test_values_and_gradients(size: tuple[int, int, int, int, int], metric: str,
 @on_metrics
 @pytest.mark.parametrize("of", ["losses", "logits"])
 def test_one_cotangent_alone(of: str, metric: str, backend: str) -> None:
-    head = problem(2, 5, 2, 23, 20)
+    head = problem(2, 5, 2, 23, 20).on(backend)
     with mf.use_backend(backend), poisoned():
         found = gradients(head, metric, "run", of)
     for mine, exact in zip(found, gradients(head, metric, "plain", of)):
@@ -181,7 +186,7 @@ def test_ragged_episodes(features: int, metric: str, backend: str) -> None:
     """Absent classes, samples and queries, whose embeddings are NaN and whose labels are none."""
     if metric == "cosine" and features == 1:
         pytest.skip("no derivative but rounding")
-    head = ragged(features)
+    head = ragged(features).on(backend)
     with mf.use_backend(backend), poisoned():
         found = gradients(head, metric, "run")
     wanted = gradients(head, metric, "plain")
@@ -205,7 +210,7 @@ def test_a_mask_alone(which: str, backend: str) -> None:
         head = replace(head, ways=4)
     if which == "support_mask":
         mask[:, head.support_labels[1].tolist().index(1)] = False
-    head = replace(head, **{which: mask})
+    head = replace(head, **{which: mask}).on(backend)
     with mf.use_backend(backend):
         for mine, exact in zip(gradients(head, "euclidean", "run"), gradients(head, "euclidean", "plain")):
             assert close(mine, exact)
@@ -224,25 +229,43 @@ def test_the_same_bits_for_any_number_of_threads(size: tuple[int, int, int, int,
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
-@needs_kernels
+@on_kernels
+@on_metrics
+@pytest.mark.parametrize(("size", "dtype"), [((3, 7, 2, 35, 19), torch.float32), ((1, 5, 1, 33, 129), torch.float64)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_same_bits_in_every_order(
+    masked: bool, size: tuple[int, int, int, int, int], dtype: torch.dtype, metric: str, backend: str
+) -> None:
+    head = (ragged(size[-1]) if masked else problem(*size)).to(dtype).on(backend)
+    with mf.use_backend(backend), poisoned():
+        found = in_every_order(backend, lambda: gradients(head, metric, "run"))
+    masks = (None, None, head.support_mask, head.query_mask)
+    for mine, exact, mask in zip(found, gradients(head, metric, "plain"), masks, strict=True):
+        wanted = exact if mask is None else exact.masked_fill(~mask.unsqueeze(-1), 0)
+        assert close(mine, wanted, 1e-4 if dtype == torch.float32 else BAR)
+
+
+@on_kernels
 @on_metrics
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 @pytest.mark.parametrize("size", [(4, 5, 1, 75, 64), (2, 20, 5, 60, 1600)], ids=str)
 def test_float32_errs_at_most_twice_as_much_as_torch(
-    size: tuple[int, int, int, int, int], offset: float, metric: str
+    size: tuple[int, int, int, int, int], offset: float, metric: str, backend: str
 ) -> None:
-    head = problem(*size, offset=offset)
+    head = problem(*size, offset=offset).on(backend)
     head = head.to(torch.float32).to(torch.float64)  # the very same numbers
     exact = gradients(head, metric, "plain")
     single = head.to(torch.float32)
-    for mine, torchs, wanted in zip(gradients(single, metric, "run"), gradients(single, metric, "plain"), exact):
+    with mf.use_backend(backend):
+        found = gradients(single, metric, "run")
+    for mine, torchs, wanted in zip(found, gradients(single, metric, "plain"), exact):
         mine_error, torchs_error = ((t.double() - wanted).norm() / wanted.norm() for t in (mine, torchs))
         assert float(mine_error) <= 2 * float(torchs_error) + 1e-6
 
 
 @on_backends
 def test_memory_that_is_not_contiguous(backend: str) -> None:
-    head = problem(3, 4, 2, 11, 10)
+    head = problem(3, 4, 2, 11, 10).on(backend)
     strided = replace(
         head,
         support=head.support.transpose(0, 2).contiguous().transpose(0, 2),
@@ -261,14 +284,16 @@ def test_memory_that_is_not_contiguous(backend: str) -> None:
 def test_euclidean_at_and_near_distance_0(dtype: torch.dtype, backend: str) -> None:
     """At 0 the gradient is 0; near it direction and distance keep all their digits, far from the origin."""
     step = 2.0**-9
-    support = torch.tensor([[[1024.0, 512.0], [0.0, 0.0]]], dtype=dtype)
-    query = torch.tensor([[[1024.0, 512.0], [1024.0 + 3 * step, 512.0 + 4 * step]]], dtype=dtype, requires_grad=True)
+    where = {"dtype": dtype, "device": device_of(backend)}
+    support = torch.tensor([[[1024.0, 512.0], [0.0, 0.0]]], **where)
+    query = torch.tensor([[[1024.0, 512.0], [1024.0 + 3 * step, 512.0 + 4 * step]]], **where).requires_grad_()
+    labels = torch.tensor([[0, 1]], device=support.device)
     with mf.use_backend(backend):
-        logits = mf.ops.prototype_logits(support, torch.tensor([[0, 1]]), query, 2, "euclidean")
+        logits = mf.ops.prototype_logits(support, labels, query, 2, "euclidean")
         [d_query] = torch.autograd.grad(logits[..., 0].sum(), query, create_graph=True)
         [dd_query] = torch.autograd.grad(d_query.sum(), query)
     assert logits[0, :, 0].tolist() == [0.0, -5 * step]
-    torch.testing.assert_close(d_query.detach(), torch.tensor([[[0.0, 0.0], [-0.6, -0.8]]], dtype=dtype))
+    torch.testing.assert_close(d_query.detach(), torch.tensor([[[0.0, 0.0], [-0.6, -0.8]]], **where))
     assert torch.isfinite(dd_query).all() and dd_query[0, 0].tolist() == [0.0, 0.0]
 
 
@@ -278,6 +303,7 @@ def test_cosine_of_a_zero_vector_is_that_of_normalize(backend: str) -> None:
     head.support[0, int((head.support_labels[0] == 2).nonzero()[0])] = 0
     head = replace(head, support=head.support * (head.support_labels != 2).unsqueeze(-1))
     head.query[0, 1] = 0
+    head = head.on(backend)
     leaves = [head.support.clone().requires_grad_(), head.query.clone().requires_grad_()]
     means = torch.stack([leaves[0][0, head.support_labels[0] == c].mean(0) for c in range(3)])
     plain = F.normalize(leaves[1][0], dim=-1) @ F.normalize(means, dim=-1).t()
@@ -295,7 +321,8 @@ def test_cosines_of_short_and_of_long_queries(backend: str) -> None:
     """A vector's length is lost on its cosines, but its gradients' own."""
     head = problem(1, 3, 2, 10, 20)
     for scale in (1e-6, 1e6):
-        scaled = replace(head, query=head.query * torch.where(torch.arange(10) % 3 == 0, scale, 1.0).unsqueeze(-1))
+        lengths = torch.where(torch.arange(10) % 3 == 0, scale, 1.0).unsqueeze(-1)
+        scaled = replace(head, query=head.query * lengths).on(backend)
         with mf.use_backend(backend):
             found = gradients(scaled, "cosine", "run")
         wanted = gradients(scaled, "cosine", "plain")
@@ -315,6 +342,7 @@ def test_gradcheck_twice(masked: bool, metric: str, backend: str) -> None:
             query_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool),
             ways_mask=torch.tensor([[1, 1, 1, 0]] * 2, dtype=torch.bool),
         )
+    head = head.on(backend)
 
     def call(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         losses, logits = head.run(metric, support, query)
@@ -345,11 +373,11 @@ def arguments(head: Head, metric: str, with_labels: bool = True) -> tuple[object
     return (head.support, head.support_labels, head.query, labels, head.ways, metric, *head.masks)
 
 
-@needs_kernels
+@on_kernels
 @on_metrics
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_opcheck(with_labels: bool, masked: bool, metric: str) -> None:
+def test_opcheck(with_labels: bool, masked: bool, metric: str, backend: str) -> None:
     head = problem(2, 3, 1, 4, 3)
     if masked:
         head = replace(
@@ -358,36 +386,39 @@ def test_opcheck(with_labels: bool, masked: bool, metric: str) -> None:
             query_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool),
             ways_mask=torch.ones(2, 3, dtype=torch.bool),
         )
+    head = head.on(backend)
     head.support.requires_grad_(), head.query.requires_grad_()
-    torch.library.opcheck(torch.ops.metafast.prototype_head, arguments(head, metric, with_labels))
-    head = replace(head, support=head.support.detach(), query=head.query.detach())
-    s, y, q, labels, *plain = arguments(head, metric, with_labels)
-    _, *kept = torch.ops.metafast.prototype_head(s, y, q, labels, *plain)
-    d_losses = torch.tensor([1.0, -2.0], dtype=torch.float64) if with_labels else None
-    d_logits = torch.randn(2, 4, 3, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.metafast.prototype_head_backward, (d_losses, d_logits, s, y, q, labels, *kept, *plain)
-    )
+    with mf.use_backend(backend):
+        torch.library.opcheck(torch.ops.metafast.prototype_head, arguments(head, metric, with_labels))
+        head = replace(head, support=head.support.detach(), query=head.query.detach())
+        s, y, q, labels, *plain = arguments(head, metric, with_labels)
+        _, *kept = torch.ops.metafast.prototype_head(s, y, q, labels, *plain)
+        d_losses = torch.tensor([1.0, -2.0]).to(s) if with_labels else None
+        d_logits = torch.randn(2, 4, 3).to(s)
+        torch.library.opcheck(
+            torch.ops.metafast.prototype_head_backward, (d_losses, d_logits, s, y, q, labels, *kept, *plain)
+        )
 
 
-@needs_kernels
+@on_kernels
 @on_metrics
-def test_the_operator_of_other_devices(metric: str) -> None:
+def test_the_operator_of_other_devices(metric: str, backend: str) -> None:
     """What runs where there are no kernels, held against them."""
     from metafast.ops import prototypes
 
-    for head in (ragged(), problem(3, 4, 2, 7, 5)):
+    for head in (ragged().on(backend), problem(3, 4, 2, 7, 5).on(backend)):
         found = prototypes._operator(*arguments(head, metric))
-        wanted = torch.ops.metafast.prototype_head(*arguments(head, metric))
+        with mf.use_backend(backend), poisoned():
+            wanted = torch.ops.metafast.prototype_head(*arguments(head, metric))
         for mine, exact in zip(found, wanted):
             assert mine.shape == exact.shape and close(mine, exact)
         s, y, q, labels, *plain = arguments(head, metric)
-        cotangents = (torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), torch.randn_like(found[1]))
+        cotangents = (torch.tensor([1.0, -2.0, 3.0]).to(s), torch.randn_like(found[1]))
         for pair in (cotangents, (cotangents[0], None), (None, cotangents[1])):
             given = (*pair, s, y, q, labels, *found[1:], *plain)
-            for mine, exact in zip(
-                prototypes._operator_backward(*given), torch.ops.metafast.prototype_head_backward(*given)
-            ):
+            with mf.use_backend(backend), poisoned():
+                pulled = torch.ops.metafast.prototype_head_backward(*given)
+            for mine, exact in zip(prototypes._operator_backward(*given), pulled):
                 assert close(mine, exact)
 
 
@@ -525,6 +556,7 @@ def test_what_does_not_fit(message: str, change: dict[str, object], backend: str
         "query_labels": ASKED,
         "ways": 3,
     } | change
+    given = {name: x.to(device_of(backend)) if isinstance(x, Tensor) else x for name, x in given.items()}
     with mf.use_backend(backend), pytest.raises((TypeError, ValueError), match=f"^{message}"):
         mf.ops.prototype_loss(**given)
 
@@ -546,12 +578,14 @@ def test_the_operator_itself_checks_what_it_is_given() -> None:
         torch.ops.metafast.prototype_head_backward(torch.ones(2).double(), None, s, y, q, labels, *kept, *plain)
 
 
-@needs_kernels
-def test_values_that_are_not_finite_are_not_hidden() -> None:
+@on_kernels
+def test_values_that_are_not_finite_are_not_hidden(backend: str) -> None:
     head = problem(2, 3, 1, 20, 5)
     head.query[1, 4, 2] = math.nan
+    head = head.on(backend)
     for metric in METRICS:
-        losses, logits, d_support, d_query = gradients(head, metric, "run")
+        with mf.use_backend(backend):
+            losses, logits, d_support, d_query = gradients(head, metric, "run")
         assert losses[0].isfinite() and losses[1].isnan() and logits[1, 4].isnan().all()
         assert int(logits.isnan().sum()) == 3
         assert d_query[1, 4].isnan().any() and d_query[0].isfinite().all() and d_support[1].isnan().any()
