@@ -17,24 +17,26 @@ import metafast as mf
 from metafast import _native
 
 
-def _kernels(backend: str) -> list[pytest.MarkDecorator]:
+def kernels_of(backend: str) -> list[pytest.MarkDecorator]:
+    """The marks of a test that needs a backend's kernels."""
     reason = f"no {backend} kernels: {_native.missing(backend)}"
     return [pytest.mark.native, pytest.mark.skipif(bool(_native.missing(backend)), reason=reason)]
 
 
 # The twin, the CPU's kernels, and the GPU's: emulated, and on one where it is there.
-_NATIVE = ["cpu", "simt", *(["cuda"] if torch.cuda.is_available() else [])]
-LEARNER_BACKENDS = ["torch", pytest.param("cpu", marks=_kernels("cpu"))]
+GPUS = ["simt", *(["cuda"] if torch.cuda.is_available() else [])]
+_NATIVE = ["cpu", *GPUS]
+LEARNER_BACKENDS = ["torch", pytest.param("cpu", marks=kernels_of("cpu"))]
 on_backends = pytest.mark.parametrize(
-    "backend", ["torch", *(pytest.param(name, marks=_kernels(name)) for name in _NATIVE)]
+    "backend", ["torch", *(pytest.param(name, marks=kernels_of(name)) for name in _NATIVE)]
 )
-on_kernels = pytest.mark.parametrize("backend", [pytest.param(name, marks=_kernels(name)) for name in _NATIVE])
+on_kernels = pytest.mark.parametrize("backend", [pytest.param(name, marks=kernels_of(name)) for name in _NATIVE])
 on_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
 def native(test: Any) -> Any:
     """Mark a test that needs the CPU's kernels."""
-    for mark in _kernels("cpu"):
+    for mark in kernels_of("cpu"):
         test = mark(test)
     return test
 
