@@ -191,8 +191,8 @@ Backward lstm_update_backward_cpu(const std::optional<Tensor>& d_updates, const 
 #endif
         const int64_t count = a.rule->count();
         std::vector<Real> rows(size_t(kMostParts * count));
-        const int64_t parts =
-            for_each_part(a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
+        const int64_t parts = for_each_part(
+            a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
               functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
             });
         for (int64_t part = 0; part < parts; ++part) {
