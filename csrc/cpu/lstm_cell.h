@@ -216,19 +216,19 @@ class LstmCell {
                                                                                          ? nullptr
                                                                                          : cell(carried(next),
                                                                                                 l);
+      if (kForward) {
+        // Apart from what follows, so that a core has many short chains of operations at hand, not a long
+        // one.
+        for (int64_t i = 0; i < 2 * gate; i += kLanes<Real>)
+          store(activated + i, logistic_value<Real>(load(activated + i)));
+        for (int64_t i = 2 * gate; i < 3 * gate; i += kLanes<Real>)
+          store(activated + i, tanh_value<Real>(load(activated + i)));
+        for (int64_t i = 3 * gate; i < 4 * gate; i += kLanes<Real>)
+          store(activated + i, logistic_value<Real>(load(activated + i)));
+      }
       for (int64_t i = 0; i < gate; i += kLanes<Real>) {
-        V in = load(activated + i), forget = load(activated + gate + i),
-          candidate = load(activated + 2 * gate + i), out = load(activated + 3 * gate + i);
-        if (kForward) {
-          in = logistic_value<Real>(in);
-          forget = logistic_value<Real>(forget);
-          candidate = tanh_value<Real>(candidate);
-          out = logistic_value<Real>(out);
-          store(activated + i, in);
-          store(activated + gate + i, forget);
-          store(activated + 2 * gate + i, candidate);
-          store(activated + 3 * gate + i, out);
-        }
+        const V in = load(activated + i), forget = load(activated + gate + i),
+                candidate = load(activated + 2 * gate + i), out = load(activated + 3 * gate + i);
         const V c = forget * load(c_before + i) + in * candidate, t = tanh_value<Real>(c);
         store(s.tanh_c + i, t);
         store(z + i, out * t);
