@@ -30,10 +30,6 @@ struct WorkspaceLayout {
   int64_t size;
 };
 
-// Of a row to which tasks add.
-constexpr int64_t kChunk = 4096;
-constexpr int64_t chunks_of(int64_t params) { return (params + kChunk - 1) / kChunk; }
-
 template <class Real>
 struct Data {
   const Real* x;          // (T, N, C, H, W)
@@ -90,11 +86,13 @@ struct Job {
   // engine's; so for rate_gradient (T, K or 1, params). rule_gradient: of the learned
   // step's weights and start, (T, count_with_start()), with gradient.
   Real *losses, *logits, *accuracy, *gradient, *rate_gradient, *rule_gradient;
-  // Not null: gradient is but one row, sum_t weights[t] gradient_t, to which tasks add in their order. added:
-  // (chunks_of(params),) zeros, how many have added to each chunk; wait: what a thread does until its turn.
+  // Not null: gradient is but one row, sum_t weights[t] gradient_t, to which tasks add in their order. turn:
+  // whose turn it is, from 0. A task that comes before its turn leaves its gradient in its one of `rows`
+  // (T, params), says so in its one of `ready` (T,), zeros, and who has the turn before adds that too.
   const Real* weights;
-  int64_t* added;
-  void (*wait)();
+  Real* rows;
+  int32_t* ready;
+  int64_t* turn;
 };
 
 template <class Real>

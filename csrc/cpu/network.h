@@ -256,29 +256,49 @@ struct Network {
   }
 };
 
-// A task's gradient, from + factor * more (null: nothing more), to where the job wants it. The sum of all
-// tasks is made chunk by chunk, so that a task can follow close behind the one before it.
+// to = from + factor * more (null: nothing more).
+template <class Real>
+void add_more(int64_t params, const Real* from, Real factor, const Real* more, Real* to) {
+  const Vec<Real> by = splat(factor);
+  for (int64_t i = 0; i < params; i += kLanes<Real>)
+    store(to + i, more == nullptr ? load(from + i) : load(from + i) + by * load(more + i));
+}
+
+// The gradients' sum gets a task's, from + factor * more, in its turn.
+template <class Real>
+void add_to_sum(const Job<Real>& job, int64_t task, const Real* from, Real factor, const Real* more) {
+  const Vec<Real> by = splat(factor);
+  const Real weight = job.weights[task];
+  for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) {
+    const Vec<Real> before = task == 0 ? Vec<Real>{} : load(job.gradient + i);
+    const Vec<Real> own = more == nullptr ? load(from + i) : load(from + i) + by * load(more + i);
+    store(job.gradient + i, before + weight * own);
+  }
+}
+
+// A task's gradient, from + factor * more, to where the job wants it. Nobody waits.
 template <class Real>
 void deliver(const Job<Real>& job, int64_t task, const Real* from, Real factor, const Real* more) {
   const int64_t params = job.program->params;
-  const Vec<Real> by = splat(factor);
-  const auto part = [&](int64_t i) {
-    return more == nullptr ? load(from + i) : load(from + i) + by * load(more + i);
+  if (job.weights == nullptr) return add_more(params, from, factor, more, job.gradient + task * params);
+  constexpr int32_t kThere = 1, kTaken = 2;
+  const auto take = [&](int64_t t) {  // one thread alone gets what is there
+    return __atomic_exchange_n(job.ready + t, kTaken, __ATOMIC_SEQ_CST) == kThere;
   };
-  if (job.weights == nullptr) {
-    Real* const row = job.gradient + task * params;
-    for (int64_t i = 0; i < params; i += kLanes<Real>) store(row + i, part(i));
-    return;
+  if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) == task) {
+    add_to_sum(job, task, from, factor, more);
+  } else {
+    Real* const row = job.rows + task * params;
+    add_more(params, from, factor, more, row);
+    __atomic_store_n(job.ready + task, kThere, __ATOMIC_SEQ_CST);
+    // The turn may have come meanwhile, and who gave it gone on before it saw this.
+    if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) != task || !take(task)) return;
+    add_to_sum<Real>(job, task, row, 0, nullptr);
   }
-  const Real weight = job.weights[task];
-  for (int64_t c = 0; c < chunks_of(params); ++c) {
-    while (__atomic_load_n(job.added + c, __ATOMIC_ACQUIRE) != task) job.wait();
-    const int64_t end = std::min(params, (c + 1) * kChunk);
-    for (int64_t i = c * kChunk; i < end; i += kLanes<Real>) {
-      const Vec<Real> before = task == 0 ? Vec<Real>{} : load(job.gradient + i);
-      store(job.gradient + i, before + weight * part(i));
-    }
-    __atomic_store_n(job.added + c, task + 1, __ATOMIC_RELEASE);
+  for (int64_t next = task + 1;; ++next) {
+    __atomic_store_n(job.turn, next, __ATOMIC_SEQ_CST);
+    if (next == job.tasks || !take(next)) return;
+    add_to_sum<Real>(job, next, job.rows + next * params, 0, nullptr);
   }
 }
 

@@ -120,11 +120,6 @@ void run_tasks(int64_t tasks, int threads, Task task, void* context) {
   for (int64_t i = 0; i < tasks; ++i) task(context, i, 0);
 }
 
-void wait_a_moment() {
-  for (int i = 0; i < 64; ++i) relax();
-  std::this_thread::yield();  // the other one may want this core
-}
-
 void run_parts(int64_t parts, int threads, void (*part)(void* context, int64_t index), void* context) {
   auto task = [&](int64_t index, int) { part(context, index); };
   run_tasks(parts, threads, task);

@@ -22,9 +22,6 @@ void run_tasks(int64_t tasks, int threads, F& f) {
       [](void* context, int64_t index, int worker) { (*static_cast<F*>(context))(index, worker); }, &f);
 }
 
-// While another thread's turn lasts.
-void wait_a_moment();
-
 // As a Team wants it.
 void run_parts(int64_t parts, int threads, void (*part)(void* context, int64_t index), void* context);
 

@@ -338,8 +338,11 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool compares = inner.ways > 0;
   result.outcome.logits = at::empty({tasks, queries, compares ? inner.ways : outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
-  constexpr int64_t kFewBytes = 1 << 20;  // of rows: below, they stay in the cache
-  const bool sums = weights.defined() && sums_ && tasks * program.params * plan_.element() > kFewBytes;
+  // Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them at the end.
+  // The order of tasks is the same, and so are the bits.
+  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
+  const bool sums = weights.defined() && sums_ && at::get_num_threads() <= kFewThreads &&
+                    tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
     result.gradient =
         sums ? at::empty({program.params}, options) : at::empty({tasks, program.params}, options);
@@ -407,10 +410,15 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
       result.rule_gradient = at::empty({tasks, (**lstm).count_with_start()}, options);
       job.rule_gradient = result.rule_gradient.mutable_data_ptr<Real>();
     }
-    std::vector<int64_t> added(size_t(sums ? cpu::chunks_of(program.params) : 0), 0);
-    job.weights = sums ? weights.const_data_ptr<Real>() : nullptr;
-    job.added = added.data();
-    job.wait = cpu::wait_a_moment;
+    std::vector<int32_t> ready(size_t(sums ? tasks : 0), 0);
+    int64_t turn = 0;
+    const Tensor spare = sums ? at::empty({tasks, program.params}, options) : Tensor();  // hardly touched
+    if (sums) {
+      job.weights = weights.const_data_ptr<Real>();
+      job.rows = spare.mutable_data_ptr<Real>();
+      job.ready = ready.data();
+      job.turn = &turn;
+    }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
     return 0;
