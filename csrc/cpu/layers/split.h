@@ -18,11 +18,24 @@ namespace METAFAST_ISA {
 // Multiplications and additions below which handing out parts costs more than it saves: a few microseconds.
 constexpr double kWorthSplitting = 2e5;
 
+// One copy of the loop for all callers: two that the compiler inlines may contract a b + c d differently, and
+// a part would not have the bits of the whole.
+#if defined(__clang__)
+#define METAFAST_ONE_COPY __attribute__((noinline))
+#else
+#define METAFAST_ONE_COPY __attribute__((noinline, noclone))
+#endif
+template <class F>
+METAFAST_ONE_COPY void run_range(const F& f, int64_t begin, int64_t end) {
+  f(begin, end);
+}
+#undef METAFAST_ONE_COPY
+
 // f(begin, end) over ranges that together are 0..count. `work`: operations of all iterations, roughly.
 template <class F>
 inline void in_parts(const Team* team, int64_t count, double work, const F& f) {
   if (team == nullptr || count < 2 || work < kWorthSplitting) {
-    f(int64_t(0), count);
+    run_range(f, 0, count);
     return;
   }
   struct Loop {
@@ -35,7 +48,7 @@ inline void in_parts(const Team* team, int64_t count, double work, const F& f) {
       loop.parts, team->threads,
       [](void* context, int64_t part) {
         const Loop& l = *static_cast<const Loop*>(context);
-        l.f(l.count * part / l.parts, l.count * (part + 1) / l.parts);
+        run_range(l.f, l.count * part / l.parts, l.count * (part + 1) / l.parts);
       },
       &loop);
 }
