@@ -157,15 +157,12 @@ bool Engine::shares_tasks(int64_t tasks, int64_t samples, int threads) const {
 }
 
 void Engine::check(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", t.device());
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype_, name, ": expected dtype ", dtype_, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
+  check_tensor(name, t, sizes, dtype_, at::kCPU);
 }
 
 int64_t Engine::check_x(const char* name, const Tensor& x, int64_t tasks) const {
   const Value& in = plan_.program().values[0];
-  TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": expected a tensor on the CPU, got one on ", x.device());
-  TORCH_CHECK_TYPE(x.scalar_type() == dtype_, name, ": expected dtype ", dtype_, ", got ", x.scalar_type());
+  check_like(name, x, dtype_, at::kCPU);
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(0) == tasks && x.size(1) >= 1 &&
                         x.numel() == tasks * x.size(1) * in.c * in.h * in.w,
                     name, ": expected (T, N, ...) with T = ", tasks, " and ", in.c * in.h * in.w,
@@ -235,7 +232,6 @@ Tensor Engine::single(What what, const Tensor& phi, const Tensor& constants, con
     (what == What::hvp ? call.job.vector : call.job.cotangent) = data_or_null<Real>(along);
     (what == What::outputs ? call.job.logits : call.job.gradient) = result.mutable_data_ptr<Real>();
     call.run();
-    return 0;
   });
   return result;
 }
@@ -421,7 +417,6 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
-    return 0;
   });
   return result;
 }
@@ -441,7 +436,6 @@ Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
       weighted_sum(each, tasks, size, w, begin, end, to);
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
-    return 0;
   });
   return sums;
 }
@@ -458,7 +452,6 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
     Real* user = flat.mutable_data_ptr<Real>();
     for (int64_t row = 0; row < rows; ++row, user += program.adapting, from += program.params)
       functions<Real>().to_user(program, from, user);
-    return 0;
   });
   return flat;
 }
@@ -472,7 +465,6 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
     Real sum = 0;
     for (int64_t t = 0; t < outcome.losses.numel(); ++t) sum += w[t] * losses[t];
     *outcome.loss.mutable_data_ptr<Real>() = sum;
-    return 0;
   });
 }
 

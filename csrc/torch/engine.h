@@ -16,14 +16,9 @@
 #include <vector>
 
 #include "../engine/build.h"
+#include "checks.h"
 
 namespace metafast {
-
-// Calls f(Real{}) for the dtype.
-template <class F>
-auto with_real(at::ScalarType dtype, const F& f) {
-  return dtype == at::kFloat ? f(float{}) : f(double{});
-}
 
 // Episodes of one side: x (T, N, ...), and y (T, N) labels or (T, N, D) targets.
 struct Side {

@@ -16,6 +16,7 @@
 
 #include "../cpu/isa.h"
 #include "../cuda/inner_update.h"
+#include "checks.h"
 #include "simt.h"
 
 #ifdef METAFAST_WITH_CUDA
@@ -31,10 +32,7 @@ using at::Tensor;
 void check(const Tensor& params, const Tensor& grads, const std::optional<Tensor>& lr) {
   TORCH_CHECK_VALUE(params.dim() >= 1, "params: expected (T, ...), got ", params.sizes());
   const auto check_like_params = [&](const char* name, const Tensor& x) {
-    TORCH_CHECK_VALUE(x.device() == params.device(), name, ": expected device ", params.device(), ", got ",
-                      x.device());
-    TORCH_CHECK_TYPE(x.dtype() == params.dtype(), name, ": expected dtype ", params.dtype(), ", got ",
-                     x.dtype());
+    check_like(name, x, params.scalar_type(), params.device());
   };
   check_like_params("grads", grads);
   TORCH_CHECK_VALUE(grads.sizes() == params.sizes(), "grads: expected shape ", params.sizes(), ", got ",

@@ -37,22 +37,13 @@ const cpu::LstmFunctions<Real>& functions() {
 }
 
 void check(const Tensor& grads, const Tensor& state, at::TensorList weights) {
-  const auto check_one = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(t.device() == grads.device(), name, ": expected device ", grads.device(), ", got ",
-                      t.device());
-    TORCH_CHECK_TYPE(t.scalar_type() == grads.scalar_type(), name, ": expected dtype ", grads.scalar_type(),
-                     ", got ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
-  };
-  TORCH_CHECK_TYPE(grads.scalar_type() == at::kFloat || grads.scalar_type() == at::kDouble,
-                   "grads: expected float32 or float64, got ", grads.scalar_type());
+  check_real("grads", grads);
   TORCH_CHECK_VALUE(state.dim() == 4, "state: expected (L, 2, N, H), got ", state.sizes());
   const int64_t layers = state.size(0), hidden = state.size(3);
   check_lstm_weights(weights, hidden, layers, grads.scalar_type(), false, grads.device());
   TORCH_CHECK_VALUE(grads.dim() == 1 || (grads.dim() == 2 && grads.size(0) > 0),
                     "grads: expected (N,), or (K, N) of at least one step, got ", grads.sizes());
-  check_one("grads", grads, grads.sizes());
-  check_one("state", state, {layers, 2, grads.size(-1), hidden});
+  check_tensor("state", state, {layers, 2, grads.size(-1), hidden}, grads.scalar_type(), grads.device());
 }
 
 // The arguments as memory, held as long as this.
@@ -110,14 +101,13 @@ Forward forward_by(const Tensor& grads, const Tensor& state, at::TensorList weig
   const Tensor updates = at::empty(grads.sizes(), grads.options()),
                next = at::empty(state.sizes(), state.options());
   if (grads.numel() == 0) return {updates, next};
-  const auto with = [&](auto real) {
+  with_real(grads.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
     held.lstm.updates = updates.mutable_data_ptr<Real>();
     held.lstm.next = next.mutable_data_ptr<Real>();
     run(std::as_const(held.lstm));
-  };
-  grads.scalar_type() == at::kFloat ? with(float()) : with(double());
+  });
   return {updates, next};
 }
 
@@ -127,22 +117,15 @@ Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional
                      const Tensor& grads, const Tensor& state, at::TensorList weights, double p,
                      const Run& run) {
   check(grads, state, weights);
-  TORCH_CHECK_VALUE(!d_updates || d_updates->sizes() == grads.sizes(), "d_updates: expected shape ",
-                    grads.sizes());
-  TORCH_CHECK_VALUE(!d_next || d_next->sizes() == state.sizes(), "d_next: expected shape ", state.sizes());
-  for (const auto* d : {&d_updates, &d_next}) {
-    TORCH_CHECK_TYPE(!*d || (*d)->scalar_type() == grads.scalar_type(), "cotangents: expected dtype ",
-                     grads.scalar_type());
-    TORCH_CHECK_VALUE(!*d || (*d)->device() == grads.device(), "cotangents: expected device ",
-                      grads.device());
-  }
+  if (d_updates) check_tensor("d_updates", *d_updates, grads.sizes(), grads.scalar_type(), grads.device());
+  if (d_next) check_tensor("d_next", *d_next, state.sizes(), grads.scalar_type(), grads.device());
   int64_t count = 0;
   for (const Tensor& w : weights) count += w.numel();
   const Tensor d_grads = at::empty(grads.sizes(), grads.options()),
                d_state = at::empty(state.sizes(), state.options());
   const Tensor d_weights = at::zeros({count}, grads.options());
   if (grads.numel() == 0) return {d_grads, d_state, d_weights};
-  const auto with = [&](auto real) {
+  with_real(grads.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
     Lstm<Real>& a = held.lstm;
@@ -151,8 +134,7 @@ Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional
     a.d_grads = d_grads.mutable_data_ptr<Real>();
     a.d_state = d_state.mutable_data_ptr<Real>();
     run(std::as_const(a), d_weights.mutable_data_ptr<Real>());
-  };
-  grads.scalar_type() == at::kFloat ? with(float()) : with(double());
+  });
   return {d_grads, d_state, d_weights};
 }
 

@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "../lstm.h"
+#include "checks.h"
 
 namespace metafast {
 
@@ -20,12 +22,8 @@ inline void check_lstm_weights(at::TensorList weights, int64_t hidden, int64_t l
   TORCH_CHECK_VALUE(size == whole || (may_start && size == whole + 1), "weights: expected ", whole,
                     " tensors, got ", size);
   const auto check = [&](int64_t index, at::IntArrayRef sizes) {
-    const at::Tensor& t = weights[size_t(index)];
-    TORCH_CHECK_VALUE(t.device() == device, "weights: expected tensors on ", device, ", got one on ",
-                      t.device());
-    TORCH_CHECK_TYPE(t.scalar_type() == dtype, "weights: expected dtype ", dtype, ", got ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.sizes() == sizes, "weights[", index, "]: expected shape ", sizes, ", got ",
-                      t.sizes());
+    const std::string name = "weights[" + std::to_string(index) + "]";
+    check_tensor(name.c_str(), weights[size_t(index)], sizes, dtype, device);
   };
   for (int64_t l = 0; l < layers; ++l) {
     check(3 * l, {4 * hidden, l == 0 ? 2 : hidden});

@@ -24,7 +24,6 @@ Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
   const Tensor mean = at::empty({tasks}, options);
   with_real(mean.scalar_type(), [&](auto real) {
     std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
-    return 0;
   });
   return mean;
 }
@@ -212,7 +211,6 @@ void add_all(const Tensor& flat, const std::vector<Tensor>& leaves) {
       if (leaf.requires_grad()) add_to_grad(leaf, part);
       part += leaf.numel();
     }
-    return 0;
   });
 }
 

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "../cuda/weighted_sum.h"
+#include "checks.h"
 #include "simt.h"
 
 #ifdef METAFAST_WITH_CUDA
@@ -23,13 +24,6 @@ namespace {
 
 using at::Tensor;
 using Outcome = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-void check(const char* name, const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype,
-           at::Device device) {
-  TORCH_CHECK_VALUE(t.device() == device, name, ": expected device ", device, ", got ", t.device());
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
-}
 
 MlpShape shape_of(at::IntArrayRef widths, c10::string_view activation, c10::string_view loss) {
   const int64_t layers = int64_t(widths.size()) - 1;
@@ -58,12 +52,12 @@ struct HeldSet {
       : x(given_x.contiguous()), y(given_y.contiguous()) {
     TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) >= 1, x_name, ": expected (T, N, D), got ", x.sizes());
     const int64_t samples = x.size(1), out = shape.widths[shape.layers];
-    check(x_name, x, {tasks, samples, shape.widths[0]}, theta.scalar_type(), theta.device());
+    check_tensor(x_name, x, {tasks, samples, shape.widths[0]}, theta.scalar_type(), theta.device());
     if (!shape.cross_entropy) {
-      check(y_name, y, {tasks, samples, out}, theta.scalar_type(), theta.device());
+      check_tensor(y_name, y, {tasks, samples, out}, theta.scalar_type(), theta.device());
       return;
     }
-    check(y_name, y, {tasks, samples}, at::kLong, theta.device());
+    check_tensor(y_name, y, {tasks, samples}, at::kLong, theta.device());
     const Tensor labels = y.cpu();
     const int64_t* const label = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < labels.numel(); ++i) {
@@ -78,19 +72,39 @@ struct HeldSet {
   }
 };
 
-// Losses and logits of the tasks, their gradients and the weighted sum of these. Gpu: the launchers of a
-// namespace, with its stream.
+// The launchers of a namespace, with its stream, for tensors on a device.
+#ifdef METAFAST_WITH_SIMT
+struct Simt {
+  explicit Simt(at::Device) {}
+  void step(const auto& arguments) const { simt::mlp_meta_step(arguments, nullptr); }
+  void sum(const auto& arguments) const { simt::weighted_sum(arguments, nullptr); }
+};
+#endif
+
+#ifdef METAFAST_WITH_CUDA
+struct Cuda {
+  c10::cuda::CUDAGuard guard;  // first: the stream is that of the device
+  CUstream_st* stream;
+
+  explicit Cuda(at::Device device) : guard(device), stream(c10::cuda::getCurrentCUDAStream()) {}
+  void step(const auto& arguments) const { cuda::mlp_meta_step(arguments, stream); }
+  void sum(const auto& arguments) const { cuda::weighted_sum(arguments, stream); }
+};
+#endif
+
+// Losses and logits of the tasks, their gradients and the weighted sum of these.
 template <class Gpu>
-Outcome run(const Gpu& gpu, const Tensor& theta, at::IntArrayRef widths, c10::string_view activation,
-            c10::string_view loss, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-            const Tensor& query_y, double lr, int64_t steps, bool first_order, const Tensor& weights) {
+Outcome mlp_meta_step(const Tensor& theta, at::IntArrayRef widths, c10::string_view activation,
+                      c10::string_view loss, const Tensor& support_x, const Tensor& support_y,
+                      const Tensor& query_x, const Tensor& query_y, double lr, int64_t steps,
+                      bool first_order, const Tensor& weights) {
+  const Gpu gpu(theta.device());
   const MlpShape shape = shape_of(widths, activation, loss);
   const at::ScalarType dtype = theta.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "theta: expected float32 or float64, got ",
-                   dtype);
+  check_real("theta", theta);
   const int64_t size = shape.size(), tasks = support_x.dim() > 0 ? support_x.size(0) : 0;
-  check("theta", theta, {size}, dtype, theta.device());
-  check("weights", weights, {tasks}, dtype, theta.device());
+  check_tensor("theta", theta, {size}, dtype, theta.device());
+  check_tensor("weights", weights, {tasks}, dtype, theta.device());
   TORCH_CHECK_VALUE(tasks >= 1, "support_x: expected at least one task, got ", support_x.sizes());
   TORCH_CHECK_VALUE(steps >= 0, "steps: expected at least 0, got ", steps);
   const HeldSet support("support_x", support_x, "support_y", support_y, shape, tasks, theta),
@@ -100,7 +114,7 @@ Outcome run(const Gpu& gpu, const Tensor& theta, at::IntArrayRef widths, c10::st
                logits = at::empty({tasks, query.x.size(1), shape.widths[shape.layers]}, options),
                gradient = at::empty({size}, options), from = theta.contiguous(), by = weights.contiguous(),
                tape = at::empty({tasks, first_order ? 0 : steps, size}, options);
-  const auto with = [&](auto real) {
+  with_real(dtype, [&](auto real) {
     using Real = decltype(real);
     const bool labels = shape.cross_entropy;
     gpu.step(MlpMetaStep<Real>{shape, tasks, steps, Real(lr), first_order, from.const_data_ptr<Real>(),
@@ -109,43 +123,9 @@ Outcome run(const Gpu& gpu, const Tensor& theta, at::IntArrayRef widths, c10::st
                                grads.mutable_data_ptr<Real>(), tape.mutable_data_ptr<Real>()});
     gpu.sum(WeightedSum<Real>{grads.const_data_ptr<Real>(), by.const_data_ptr<Real>(), tasks, size,
                               gradient.mutable_data_ptr<Real>()});
-  };
-  dtype == at::kFloat ? with(float()) : with(double());
+  });
   return {losses, logits, grads, gradient};
 }
-
-#ifdef METAFAST_WITH_SIMT
-struct Simt {
-  void step(const auto& arguments) const { simt::mlp_meta_step(arguments, nullptr); }
-  void sum(const auto& arguments) const { simt::weighted_sum(arguments, nullptr); }
-};
-
-Outcome mlp_meta_step_simt(const Tensor& theta, at::IntArrayRef widths, c10::string_view activation,
-                           c10::string_view loss, const Tensor& support_x, const Tensor& support_y,
-                           const Tensor& query_x, const Tensor& query_y, double lr, int64_t steps,
-                           bool first_order, const Tensor& weights) {
-  return run(Simt(), theta, widths, activation, loss, support_x, support_y, query_x, query_y, lr, steps,
-             first_order, weights);
-}
-#endif
-
-#ifdef METAFAST_WITH_CUDA
-struct Cuda {
-  CUstream_st* stream = c10::cuda::getCurrentCUDAStream();
-
-  void step(const auto& arguments) const { cuda::mlp_meta_step(arguments, stream); }
-  void sum(const auto& arguments) const { cuda::weighted_sum(arguments, stream); }
-};
-
-Outcome mlp_meta_step_cuda(const Tensor& theta, at::IntArrayRef widths, c10::string_view activation,
-                           c10::string_view loss, const Tensor& support_x, const Tensor& support_y,
-                           const Tensor& query_x, const Tensor& query_y, double lr, int64_t steps,
-                           bool first_order, const Tensor& weights) {
-  const c10::cuda::CUDAGuard guard(theta.device());
-  return run(Cuda(), theta, widths, activation, loss, support_x, support_y, query_x, query_y, lr, steps,
-             first_order, weights);
-}
-#endif
 
 }  // namespace
 
@@ -159,11 +139,11 @@ TORCH_LIBRARY_FRAGMENT(metafast, m) {
 
 // Of the CPU there are only the emulated kernels.
 #ifdef METAFAST_WITH_SIMT
-TORCH_LIBRARY_IMPL(metafast, CPU, m) { m.impl("mlp_meta_step", mlp_meta_step_simt); }
+TORCH_LIBRARY_IMPL(metafast, CPU, m) { m.impl("mlp_meta_step", mlp_meta_step<Simt>); }
 #endif
 
 #ifdef METAFAST_WITH_CUDA
-TORCH_LIBRARY_IMPL(metafast, CUDA, m) { m.impl("mlp_meta_step", mlp_meta_step_cuda); }
+TORCH_LIBRARY_IMPL(metafast, CUDA, m) { m.impl("mlp_meta_step", mlp_meta_step<Cuda>); }
 #endif
 
 }  // namespace metafast

@@ -21,6 +21,7 @@
 #include "../cpu/isa.h"
 #include "../cuda/prototypes.h"
 #include "../cuda/weighted_sum.h"
+#include "checks.h"
 #include "metric.h"
 #include "simt.h"
 
@@ -55,8 +56,7 @@ struct Arguments {
   Arguments(const Tensor& s, const Tensor& s_labels, const Tensor& q, const Maybe& q_labels, int64_t classes,
             c10::string_view name, const Maybe& s_mask, const Maybe& q_mask, const Maybe& c_mask)
       : device(s.device()), ways(classes), metric(metric_of(name)) {
-    TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble,
-                     "support: expected float32 or float64, got ", s.scalar_type());
+    check_real("support", s);
     TORCH_CHECK_VALUE(s.dim() == 3 && s.numel() > 0, "support: expected (T, Ns, D), none of them 0, got ",
                       s.sizes());
     TORCH_CHECK_VALUE(q.dim() == 3 && q.numel() > 0, "query: expected (T, Nq, D), none of them 0, got ",
@@ -75,9 +75,7 @@ struct Arguments {
 
   Tensor taken(const char* name, const Maybe& t, at::IntArrayRef sizes, at::ScalarType dtype) const {
     if (!t) return {};
-    TORCH_CHECK_VALUE(t->device() == device, name, ": expected device ", device, ", got ", t->device());
-    TORCH_CHECK_TYPE(t->scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->sizes() == sizes, name, ": expected shape ", sizes, ", got ", t->sizes());
+    check_tensor(name, *t, sizes, dtype, device);
     return t->contiguous();
   }
   template <class Element>
@@ -176,11 +174,6 @@ struct Arguments {
     });
   }
 };
-
-template <class Run>
-void with_real(at::ScalarType dtype, const Run& run) {
-  dtype == at::kFloat ? run(float()) : run(double());
-}
 
 // Allocates, and hands it to run(const PrototypeHead<Real>&, losses).
 template <class Run>
