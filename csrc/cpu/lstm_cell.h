@@ -15,13 +15,8 @@
 // step, and by learned_rule.h, an inner loop's.
 #pragma once
 
-#ifndef METAFAST_ISA
-#error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
-#endif
-
 #include <algorithm>
 
-#include "../engine/program.h"
 #include "../lstm.h"
 #include "carver.h"
 #include "layers/math.h"

@@ -256,49 +256,56 @@ struct Network {
   }
 };
 
-// to = from + factor * more (null: nothing more).
+// A task's gradient, from + factor * more, a vector at a time; with more null it is `from`.
 template <class Real>
-void add_more(int64_t params, const Real* from, Real factor, const Real* more, Real* to) {
-  const Vec<Real> by = splat(factor);
-  for (int64_t i = 0; i < params; i += kLanes<Real>)
-    store(to + i, more == nullptr ? load(from + i) : load(from + i) + by * load(more + i));
+struct TaskGradient {
+  const Real* from;
+  const Real* more = nullptr;
+  Vec<Real> factor{};
+
+  Vec<Real> at(int64_t i) const {
+    return more == nullptr ? load(from + i) : load(from + i) + factor * load(more + i);
+  }
+};
+
+template <class Real>
+void write_gradient(const TaskGradient<Real>& own, int64_t params, Real* row) {
+  for (int64_t i = 0; i < params; i += kLanes<Real>) store(row + i, own.at(i));
 }
 
-// The gradients' sum gets a task's, from + factor * more, in its turn.
+// In the task's turn.
 template <class Real>
-void add_to_sum(const Job<Real>& job, int64_t task, const Real* from, Real factor, const Real* more) {
-  const Vec<Real> by = splat(factor);
+void add_gradient(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own) {
   const Real weight = job.weights[task];
   for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) {
     const Vec<Real> before = task == 0 ? Vec<Real>{} : load(job.gradient + i);
-    const Vec<Real> own = more == nullptr ? load(from + i) : load(from + i) + by * load(more + i);
-    store(job.gradient + i, before + weight * own);
+    store(job.gradient + i, before + weight * own.at(i));
   }
 }
 
-// A task's gradient, from + factor * more, to where the job wants it. Nobody waits.
+// The gradient to where the job wants it. Nobody waits.
 template <class Real>
-void deliver(const Job<Real>& job, int64_t task, const Real* from, Real factor, const Real* more) {
+void deliver(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own) {
   const int64_t params = job.program->params;
-  if (job.weights == nullptr) return add_more(params, from, factor, more, job.gradient + task * params);
+  if (job.weights == nullptr) return write_gradient(own, params, job.gradient + task * params);
   constexpr int32_t kThere = 1, kTaken = 2;
   const auto take = [&](int64_t t) {  // one thread alone gets what is there
     return __atomic_exchange_n(job.ready + t, kTaken, __ATOMIC_SEQ_CST) == kThere;
   };
+  const auto left = [&](int64_t t) { return TaskGradient<Real>{job.rows + t * params}; };
   if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) == task) {
-    add_to_sum(job, task, from, factor, more);
+    add_gradient(job, task, own);
   } else {
-    Real* const row = job.rows + task * params;
-    add_more(params, from, factor, more, row);
+    write_gradient(own, params, job.rows + task * params);
     __atomic_store_n(job.ready + task, kThere, __ATOMIC_SEQ_CST);
     // The turn may have come meanwhile, and who gave it gone on before it saw this.
     if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) != task || !take(task)) return;
-    add_to_sum<Real>(job, task, row, 0, nullptr);
+    add_gradient(job, task, left(task));
   }
   for (int64_t next = task + 1;; ++next) {
     __atomic_store_n(job.turn, next, __ATOMIC_SEQ_CST);
     if (next == job.tasks || !take(next)) return;
-    add_to_sum<Real>(job, next, job.rows + next * params, 0, nullptr);
+    add_gradient(job, next, left(next));
   }
 }
 

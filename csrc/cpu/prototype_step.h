@@ -80,7 +80,7 @@ void prototype_step(const Job<Real>& job, int64_t task, Real* workspace) {
   run.backward(0, 0);
   network.set_adjoint(buffers.d_rows);
   network.backward(workspace + layout.w);
-  deliver<Real>(job, task, workspace + layout.w, 0, nullptr);
+  deliver(job, task, TaskGradient<Real>{workspace + layout.w});
 }
 
 }  // namespace METAFAST_ISA

@@ -19,13 +19,9 @@
 // whole vectors. Tested by tests/ops/test_prototypes.py.
 #pragma once
 
-#ifndef METAFAST_ISA
-#error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
-#endif
-
 #include <algorithm>
 
-#include "../engine/program.h"
+#include "carver.h"
 #include "layers/math.h"
 #include "layers/multiply.h"
 #include "prototypes.h"
@@ -64,12 +60,8 @@ class PrototypeTask {
   // With a null workspace it only tells the size.
   PrototypeTask(const PrototypeHead<Real>& head, Real* workspace)
       : h_(head), row_(whole(head.features)), class_row_(whole(head.ways)) {
-    int64_t size = 0;
-    const auto take = [&](int64_t count) {
-      Real* const at = workspace == nullptr ? nullptr : workspace + size;
-      size += whole(count);
-      return at;
-    };
+    Carver<Real> carver(workspace);
+    const auto take = [&](int64_t count) { return carver.take(count); };
     const bool cosine = h_.metric == Metric::cosine;
     means_ = take(h_.ways * row_);
     unit_ = cosine ? take(h_.ways * row_) : means_;
@@ -88,7 +80,7 @@ class PrototypeTask {
     log_ = take(kBlock);
     query_inverse_ = take(kBlock);
     self_ = take(kBlock);
-    size_ = size;
+    size_ = carver.size();
   }
 
   int64_t size() const { return size_; }

@@ -108,7 +108,7 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
       support.hessian_vector(pull.along, product);
       if (k == 0) {  // together, as these may be long
         rule.end();
-        return deliver(job, task, lam, pull.factor, product);
+        return deliver(job, task, TaskGradient<Real>{lam, product, splat(pull.factor)});
       }
       const Vec<Real> factor = splat(pull.factor);
       for (int64_t i = 0; i < params; i += kLanes<Real>)
@@ -118,7 +118,7 @@ void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
       add_scaled(params, v[k - 1], query_tape + (k - 1) * params, lam);
   }
   rule.end();
-  deliver<Real>(job, task, lam, 0, nullptr);
+  deliver(job, task, TaskGradient<Real>{lam});
 }
 
 // All but meta_step: one network at the task's own parameters.

@@ -17,10 +17,6 @@
 // `scratch` is `scratch_size` elements, for the call alone.
 #pragma once
 
-#ifndef METAFAST_ISA
-#error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
-#endif
-
 #include "../../engine/program.h"
 #include "split.h"
 
