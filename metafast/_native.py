@@ -159,7 +159,7 @@ def force_simt(on: bool) -> None:
 force_simt(current_backend() == "simt")
 
 
-def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...]) -> bool:
+def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...], obstacle: str | None = None) -> bool:
     """Whether an operator's kernels run on these tensors; if not, its PyTorch twin does.
 
     ``auto`` takes the kernels for float32 and float64 on the devices of the build. It leaves to the twin what
@@ -170,6 +170,7 @@ def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...]) -> bool:
         name: of the first tensor, for the message.
         tensors: those that the operator gets, of one device and dtype.
         kernels: the backends that the operator has kernels for.
+        obstacle: what else stands in the kernels' way in this call, None: nothing.
 
     Raises:
         ValueError: a native backend is forced that cannot run this: it never falls back.
@@ -178,7 +179,7 @@ def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...]) -> bool:
     if backend == "torch":
         return False
     device = tensors[0].device.type
-    obstacle = _obstacle(tensors, device if backend == "auto" else backend, kernels)
+    obstacle = obstacle or _obstacle(tensors, device if backend == "auto" else backend, kernels)
     if backend == "auto":
         return obstacle is None
     if device != ("cpu" if backend == "simt" else backend):

@@ -151,14 +151,19 @@ def _by_kernels(
     task: TaskModel, params: list[Tensor], vector: list[Tensor], x: Tensor, y: Tensor
 ) -> dict[str, Tensor] | None:
     """By the registered operator, None where that cannot."""
-    if any(p.requires_grad for p in params) or not _native.runs("params", *params, *vector, x, kernels=("cpu",)):
+    obstacle = (
+        "params require gradients, and hvp's kernels have none in them"
+        if any(p.requires_grad for p in params)
+        else None
+    )
+    if not _native.runs("params", *params, *vector, x, kernels=("cpu",), obstacle=obstacle):
         return None
     network = task.native(x)
     if network is None:
         task.native.warn(x)
         return None
     constants = network.constants()
-    ints, numbers = network.lowered.descriptor(task.loss.name)
+    ints, numbers = network.descriptor
     fixed = x.new_empty(0) if constants is None else constants
     row = torch.ops.metafast.hvp(_row(params), _row(vector), fixed, x, y, ints, numbers)
     return task.layout.unflatten(row[0])

@@ -47,8 +47,8 @@ def check_range(p: float) -> float:
     return float(p)
 
 
-def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p: float) -> int:
-    """Number of layers; raises where shapes, dtypes or devices do not fit."""
+def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p: float) -> None:
+    """Raises where shapes, dtypes or devices do not fit."""
     _check.tensor("grads", grads)
     _check.tensor("state", state)
     check_range(p)
@@ -77,7 +77,6 @@ def _check_arguments(grads: Tensor, state: Tensor, weights: Sequence[Tensor], p:
     if tuple(state.shape) != wanted:
         raise ValueError(f"state: expected shape {wanted} (L, 2, N, H), got {_check.describe(state)}")
     _check.like("state", state, dtype=grads.dtype, device=grads.device, owner="grads")
-    return layers
 
 
 def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: float = 10.0) -> tuple[Tensor, Tensor]:
@@ -105,16 +104,19 @@ def lstm_update(grads: Tensor, state: Tensor, weights: Sequence[Tensor], *, p: f
         >>> updates.shape
         torch.Size([3])
     """
-    layers = _check_arguments(grads, state, weights, p)
-    if layers <= MOST_LAYERS and _native.runs("grads", grads, state, *weights, kernels=_kernels(grads)):
+    _check_arguments(grads, state, weights, p)
+    if _runs(grads, state, *weights):
         updates, carried = torch.ops.metafast.lstm_update(grads, state, list(weights), p)
         return updates, carried
     return _twin(grads, state, list(weights), p)
 
 
-def _kernels(grads: Tensor) -> tuple[str, ...]:
-    """The backends whose kernels take so many steps at once."""
-    return _KERNELS if grads.dim() == 1 else ("cpu",)
+def _runs(grads: Tensor, state: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take a call: several steps at once are the CPU's alone."""
+    layers = state.shape[0]
+    obstacle = f"its kernels take up to {MOST_LAYERS} layers, got {layers}" if layers > MOST_LAYERS else None
+    kernels = _KERNELS if grads.dim() == 1 else ("cpu",)
+    return _native.runs("grads", grads, state, *others, kernels=kernels, obstacle=obstacle)
 
 
 def _twin(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tuple[Tensor, Tensor]:
@@ -195,8 +197,7 @@ def lstm_vjp(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Cotangents of grads, state and each of the weights for those of the updates and of the next state; unchecked."""
     cotangents = [d for d in (d_updates, d_next) if d is not None]
-    tensors = (grads, state, *weights, *cotangents)
-    native = state.shape[0] <= MOST_LAYERS and _native.runs("grads", *tensors, kernels=_kernels(grads))
+    native = _runs(grads, state, *weights, *cotangents)
     run = torch.ops.metafast.lstm_update_backward if native else _twin_backward
     d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p)
     parts = flat.split([w.numel() for w in weights])

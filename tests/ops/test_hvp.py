@@ -65,6 +65,8 @@ def test_twice_and_what_the_kernels_cannot_differentiate() -> None:
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
     product = flat(mf.ops.hvp(model, leaves, vector, x, y, loss="cross_entropy"))
     assert relative_error(product, wanted) <= BAR
+    with mf.use_backend("cpu"), pytest.raises(ValueError, match="^params: backend 'cpu' is forced, but params require"):
+        mf.ops.hvp(model, leaves, vector, x, y, loss="cross_entropy")
     third = torch.autograd.grad(product.sum(), list(leaves.values()))
     assert all(torch.isfinite(t).all() for t in third) and any(t.norm() > 0 for t in third)
 

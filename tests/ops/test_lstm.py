@@ -333,3 +333,13 @@ def test_an_optimiser_that_is_more_than_its_class(change: str) -> None:
         found.append(gradient(learner))
     assert float(found[0].norm()) > 0
     assert relative_error(found[0], found[1]) < BAR
+
+
+@needs_kernels
+def test_more_layers_than_the_kernels_take() -> None:
+    optimizer, grads, state = problem(3, 2, 9)
+    optimizer.requires_grad_(False)
+    wanted = lstm_step(grads, state, list(optimizer.weights), optimizer.p)[0]
+    assert relative_error(mf.ops.lstm_update(grads, state, list(optimizer.weights), p=optimizer.p)[0], wanted) <= BAR
+    with mf.use_backend("cpu"), pytest.raises(ValueError, match="^grads: backend 'cpu' is forced, .* 8 layers, got 9"):
+        mf.ops.lstm_update(grads, state, list(optimizer.weights), p=optimizer.p)
