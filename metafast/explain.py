@@ -133,7 +133,7 @@ def explain(
     if by_torch is None and shape is not None:
         try:
             lowered = lower(model, shape, policy)
-            engine = compiled(lowered, loss_name or "cross_entropy", torch.float32)
+            engine = compiled(lowered.descriptor(loss_name or "cross_entropy"), torch.float32)
         except NotLowered as error:
             by_torch = error.reason
         else:

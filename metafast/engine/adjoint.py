@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metafast.engine.batches import support_of
+from metafast.engine.batches import cuts, support_of
 from metafast.engine.task_model import TaskModel
 from metafast.rules import Cotangents, State, UpdateRule
 
@@ -31,25 +31,6 @@ class AdjointEngine(ABC):
         self.rule = rule
         self.first_order = first_order
 
-    def inner_loop(
-        self,
-        theta: Tensor,
-        support_x: Tensor,
-        support_y: Tensor,
-        steps: int,
-        batch: int | None = None,
-        truncate: int | None = None,
-    ) -> Tensor:
-        """(T, P) parameters after ``steps`` updates; differentiable in theta and psi.
-
-        They start from theta: (P,), or (T, P), another for each task.
-        """
-        if steps == 0:
-            return theta.repeat(support_x.shape[0], 1) if theta.dim() == 1 else theta
-        last = self.path(theta, support_x, support_y, [*[False] * (steps - 1), True], batch, truncate)[-1]
-        assert last is not None
-        return last
-
     def path(
         self,
         theta: Tensor,
@@ -59,7 +40,10 @@ class AdjointEngine(ABC):
         batch: int | None = None,
         truncate: int | None = None,
     ) -> list[Tensor | None]:
-        """phi_1..phi_K, None where not wanted, in one pass; differentiable as :meth:`inner_loop`."""
+        """phi_1..phi_K, (T, P) each, None where not wanted, in one pass; differentiable in theta and psi.
+
+        They start from theta: (P,), or (T, P), another for each task.
+        """
         inner = _Loop(tuple(wanted), batch, truncate)
         found = iter(_InnerLoop.apply(self, inner, support_x, support_y, theta, *self.rule.parameters()))
         return [next(found) if want else None for want in wanted]
@@ -95,7 +79,7 @@ class _Loop(NamedTuple):
 
     def cut(self, k: int) -> bool:
         """Whether step k, which leads from phi_k, takes phi_k and s_k for constants."""
-        return self.truncate is not None and k > 0 and k % self.truncate == 0
+        return cuts(self.truncate, k)
 
 
 class _InnerLoop(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Inner steps that see a part of the support set each."""
+"""Inner steps that see a part of the support set each, and where backpropagation through them is cut."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def support_of(x: Tensor, y: Tensor, k: int, batch: int | None, dim: int = 0) ->
         return x, y
     first = k * batch % x.shape[dim]
     return x.narrow(dim, first, batch), y.narrow(dim, first, batch)
+
+
+def cuts(truncate: int | None, k: int) -> bool:
+    """Whether step k, which leads from phi_k, takes phi_k and s_k for constants: k = n, 2n, ..."""
+    return truncate is not None and k > 0 and k % truncate == 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metafast.engine.batches import support_of
+from metafast.engine.batches import cuts, support_of
 from metafast.engine.task_model import TaskModel
 from metafast.rules import UpdateRule
 
@@ -24,20 +24,6 @@ class LoopEngine:
         self.rule = rule
         self.first_order = first_order
 
-    def inner_loop(
-        self,
-        theta: Tensor,
-        support_x: Tensor,
-        support_y: Tensor,
-        steps: int,
-        batch: int | None = None,
-        truncate: int | None = None,
-    ) -> Tensor:
-        """(T, P) parameters after ``steps`` updates from theta, (P,) or (T, P); differentiable in theta and psi."""
-        if steps == 0:
-            return theta.expand(support_x.shape[0], -1)
-        return self.path(theta, support_x, support_y, [True] * steps, batch, truncate)[-1]
-
     def path(
         self,
         theta: Tensor,
@@ -47,7 +33,7 @@ class LoopEngine:
         batch: int | None = None,
         truncate: int | None = None,
     ) -> list[Tensor]:
-        """phi_1..phi_K, all of them: what is random in a model must lead to phi_K by way of the others."""
+        """phi_1..phi_K, (T, P) each, all of them: what is random in a model must lead to phi_K by way of the others."""
         starts = theta.expand(support_x.shape[0], -1)
         with self.task.policy():
             tasks = [
@@ -70,7 +56,7 @@ class LoopEngine:
         path = []
         state = self.rule.init(phi)
         for k in range(steps):
-            if truncate is not None and k > 0 and k % truncate == 0:
+            if cuts(truncate, k):
                 phi, state = phi.detach(), tuple(s.detach() for s in state)
             second_order = torch.is_grad_enabled() and not self.first_order
             with torch.enable_grad():

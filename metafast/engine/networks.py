@@ -15,7 +15,6 @@ from torch import Tensor
 from metafast import _check, _native
 from metafast.backend import current_backend
 from metafast.engine.guard import Guard, NotLowered
-from metafast.engine.lowering import Lowered
 from metafast.engine.lowering.lower import lower
 
 if TYPE_CHECKING:
@@ -27,12 +26,12 @@ _DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 4
 
 
-def compiled(lowered: Lowered, loss: str, dtype: torch.dtype) -> Any:
-    """The extension's engine for a lowered network; NotLowered where that refuses it."""
+def compiled(descriptor: tuple[tuple[int, ...], tuple[float, ...]], dtype: torch.dtype) -> Any:
+    """The extension's engine for a lowered network, by its numbers; NotLowered where that refuses it."""
     extension = _native.native()
     assert extension is not None  # its users asked before
     try:
-        return extension.Engine(*lowered.descriptor(loss), dtype)
+        return extension.Engine(*descriptor, dtype)
     except ValueError as error:
         raise NotLowered(f"the engine refuses the network: {error}") from error
 
@@ -66,6 +65,7 @@ class NativeNetwork:
 
     Attributes:
         lowered: what was lowered.
+        descriptor: that and the loss as numbers, see :meth:`Lowered.descriptor`.
         parameters: the trainable parameters, in layout order.
         holds: whether the module still is what was lowered.
     """
@@ -76,7 +76,8 @@ class NativeNetwork:
         guard = Guard(task.model)
         self.lowered = lower(task.model, tuple(sample_shape), task.batch_norm)
         self.holds = guard.holds
-        self.engine = compiled(self.lowered, task.loss.name, dtype)
+        self.descriptor = self.lowered.descriptor(task.loss.name)
+        self.engine = compiled(self.descriptor, dtype)
         self.parameters = list(task.layout.parameters(task.model))
         named = dict(task.model.named_parameters())
         self._frozen = [named[name] for name in self.lowered.constants]

@@ -199,7 +199,15 @@ class GradientLearner(nn.Module):
         return self._engines(x, y)
 
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
-        return self._engine(x, y).inner_loop(self._start(x, y), x, y, steps, self.support_batch, self.truncate)
+        """phi_K, (T, P)."""
+        if steps == 0:
+            return self._start(x, y).expand(x.shape[0], -1)
+        last = self._path(x, y, [*[False] * (steps - 1), True])[-1]
+        assert last is not None  # it was wanted
+        return last
+
+    def _path(self, x: Tensor, y: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        return self._engine(x, y).path(self._start(x, y), x, y, wanted, self.support_batch, self.truncate)
 
     def _query(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Losses (T,) and the last step's logits (T, Nq, ...), by the engine's four functions."""
@@ -211,10 +219,9 @@ class GradientLearner(nn.Module):
             return self._task.loss.per_task(logits, episodes.query_y), logits
 
         if weights is None:
-            return judged(engine.inner_loop(self._start(x, y), x, y, self.steps, self.support_batch, self.truncate))
+            return judged(self._inner_loop(x, y, self.steps))
         wanted = [*(weight != 0 for weight in weights[:-1]), True]  # the last for its logits
-        path = engine.path(self._start(x, y), x, y, wanted, self.support_batch, self.truncate)
-        parts = [(weight, *judged(phi)) for weight, phi in zip(weights, path) if phi is not None]
+        parts = [(weight, *judged(phi)) for weight, phi in zip(weights, self._path(x, y, wanted)) if phi is not None]
         return torch.stack([weight * losses for weight, losses, _ in parts]).sum(0), parts[-1][2]
 
     def _learned(self, inner: Inner) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metafast import _check
+from metafast.engine.batches import cuts
 from metafast.engine.task_model import TaskModel
 from metafast.rules import State, UpdateRule
 
@@ -65,7 +66,7 @@ class TaskLearner:
             )
         if grads is None:
             raise ValueError("loss: expected a loss of this learner's outputs; it does not depend on its parameters")
-        if self._truncate is not None and self._step > 0 and self._step % self._truncate == 0:
+        if cuts(self._truncate, self._step):
             self._phi, grads = self._phi.detach().requires_grad_(), grads.detach()
             self._state = tuple(s.detach() for s in self._state)
         phi, self._state = self._rule.step(self._phi.unsqueeze(0), grads.unsqueeze(0), self._state)

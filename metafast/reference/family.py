@@ -12,7 +12,7 @@ from torch.func import functional_call
 from metafast.engine.batch_norm import check_policy, policy
 from metafast.episodes import Episodes, Outcome, outcome
 from metafast.losses import LossSpec, resolve_loss
-from metafast.reference.learners import Gradient, Parameters, moves, over_tasks
+from metafast.reference.learners import Gradient, Parameters, descend, moves, over_tasks
 
 
 def reptile(
@@ -67,14 +67,7 @@ def cavia(
             name: torch.zeros_like(value, requires_grad=True) if moves(name, context) else value
             for name, value in params.items()
         }
-        path = [params]
-        for k in range(steps):
-            grads = gradient(params, k)
-            params = {
-                name: value - lr * grads[name] if moves(name, context) else value for name, value in params.items()
-            }
-            path.append(params)
-        return path
+        return descend(params, gradient, lr, steps, context)
 
     return over_tasks(
         model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch

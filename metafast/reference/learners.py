@@ -48,18 +48,23 @@ def maml(
     """
 
     def adapt(params: Parameters, gradient: Gradient) -> list[Parameters]:
-        path = [params]
-        for k in range(steps):
-            grads = gradient(params, k)
-            params = {
-                name: value - lr * grads[name] if moves(name, adapts) else value for name, value in params.items()
-            }
-            path.append(params)
-        return path
+        return descend(params, gradient, lr, steps, adapts)
 
     return over_tasks(
         model, episodes, adapt, resolve_loss(loss), first_order, weights, batch_norm, query_weights, support_batch
     )
+
+
+def descend(
+    params: Parameters, gradient: Gradient, lr: float, steps: int, adapts: Sequence[str] | None
+) -> list[Parameters]:
+    """phi_0..phi_K of steps phi - lr g, of those parameters that adapt."""
+    path = [params]
+    for k in range(steps):
+        grads = gradient(params, k)
+        params = {name: value - lr * grads[name] if moves(name, adapts) else value for name, value in params.items()}
+        path.append(params)
+    return path
 
 
 def lomaml(
