@@ -55,6 +55,26 @@ def test_a_rule_changed_between_forward_and_backward() -> None:
             loss.backward()
 
 
+def test_eval_between_forward_and_backward_changes_nothing() -> None:
+    class Noisy(mf.Momentum):
+        """Steps otherwise in evaluation, which is not when its forward was."""
+
+        def step(self, params: Tensor, grads: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+            return super().step(params, grads if self.training else 3 * grads, state)
+
+    model, episodes, found = build("mlp"), episodes_for("mlp"), []
+    for evaluates in (False, True):
+        learner = mf.GradientLearner(model, Noisy(0.1), steps=2)
+        learner.zero_grad()
+        loss = learner(episodes).loss
+        if evaluates:
+            learner.eval()
+        loss.backward()
+        assert learner.rule.training != evaluates
+        found.append(gradient(model))
+    assert torch.equal(*found)
+
+
 @on_backends
 @pytest.mark.parametrize("kind", ["maml", "lomaml", "protonets"])
 def test_hooks_of_parameters_are_called_by_both_doors(kind: str, backend: str) -> None:

@@ -100,7 +100,8 @@ class _InnerLoop(torch.autograd.Function):
             if want:
                 # Not the tape's own tensor: an output that its own node keeps is never freed.
                 found.append(phi.detach())
-        ctx.engine, ctx.inner, ctx.tape, ctx.numbers = engine, inner, tape, _numbers(engine.rule)
+        ctx.engine, ctx.inner, ctx.tape = engine, inner, tape
+        ctx.numbers, ctx.modes = _numbers(engine.rule), [module.training for module in engine.rule.modules()]
         ctx.set_materialize_grads(False)
         # Saved, not just kept: autograd then refuses a backward after any of them was changed in place.
         ctx.save_for_backward(x, y, theta, *psi)
@@ -113,7 +114,7 @@ class _InnerLoop(torch.autograd.Function):
         x, y, theta, *psi = ctx.saved_tensors
         if _numbers(engine.rule) != ctx.numbers:
             raise RuntimeError("rule: a number of it (a rate, for instance) changed between forward and backward")
-        with _with_parameters(engine.rule, psi):
+        with _as_in_forward(engine.rule, psi, ctx.modes):
             d_theta, d_psi = _InnerLoop._adjoint(ctx, cotangents, x, y, theta, psi)
         return None, None, None, None, d_theta, *d_psi
 
@@ -153,28 +154,33 @@ def _numbers(rule: UpdateRule) -> list[tuple[str, object]]:
         (f"{name}.{key}", value)
         for name, module in rule.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, (int, float, str))
+        if isinstance(value, (int, float, str)) and key != "training"
     ]
 
 
 @contextmanager
-def _with_parameters(rule: UpdateRule, psi: Sequence[Tensor]) -> Iterator[None]:
-    """The rule with the parameters of the forward, should it have others by now (after functional_call, say)."""
-    live = list(rule.parameters())
-    if len(live) != len(psi):
+def _as_in_forward(rule: UpdateRule, psi: Sequence[Tensor], modes: Sequence[bool]) -> Iterator[None]:
+    """The rule with the parameters and modes of the forward, should it have others by now (functional_call, eval)."""
+    live, modules = list(rule.parameters()), list(rule.modules())
+    modes_now = [module.training for module in modules]
+    if len(live) != len(psi) or len(modes) != len(modes_now):
         raise RuntimeError("rule: its parameters changed between forward and backward")
-    if all(a is b for a, b in zip(live, psi)):
+    if modes_now == modes and all(a is b for a, b in zip(live, psi)):
         yield
         return
     then = {id(now): was for now, was in zip(live, psi)}
-    tables = [(module._parameters, dict(module._parameters)) for module in rule.modules()]
+    tables = [(module._parameters, dict(module._parameters)) for module in modules]
     try:
+        for module, mode in zip(modules, modes):
+            module.training = mode
         for table, now in tables:
             table.update({key: then[id(p)] for key, p in now.items() if p is not None})  # type: ignore[misc]
         yield
     finally:
         for table, now in tables:
             table.update(now)
+        for module, mode in zip(modules, modes_now):
+            module.training = mode
 
 
 class _Forward(torch.autograd.Function):
