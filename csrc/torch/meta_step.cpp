@@ -43,6 +43,25 @@ struct Once : torch::autograd::Function<Once> {
   }
 };
 
+// factor * t by hand: torch's product of a long tensor would wake OpenMP's threads, which then look for more
+// work for milliseconds on the cores that the next meta-step wants.
+Tensor scaled(const Tensor& t, const Tensor& factor) {
+  Tensor result;
+  with_real(t.scalar_type(), [&](auto real) {
+    using Real = decltype(real);
+    const Real by = *factor.const_data_ptr<Real>();
+    if (by == Real(1)) {
+      result = t;
+      return;
+    }
+    result = at::empty(t.sizes(), t.options());
+    const Real* const from = t.const_data_ptr<Real>();
+    Real* const to = result.mutable_data_ptr<Real>();
+    for (int64_t i = 0; i < t.numel(); ++i) to[i] = by * from[i];
+  });
+  return result;
+}
+
 // sum += part, from nothing.
 void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? at::add(sum, part) : part; }
 
@@ -116,7 +135,7 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
         kept.engine->sums_ = false;
         add(again_along(std::nullopt), each.contiguous());
       } else {
-        const Tensor own = summed ? at::mul(gradient, d_loss) : gradient;
+        const Tensor own = summed ? scaled(gradient, d_loss) : gradient;
         add({{}, own, rate_gradient, rule_gradient}, each.contiguous());
       }
     }
