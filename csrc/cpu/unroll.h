@@ -1,17 +1,8 @@
-// A task from its first inner step to its meta-gradient: forward and backward through a Program, the inner
-// loop, and the adjoint recursion
-//
-//   lam = grad L_query(phi_K);   for k = K-1..0:  lam += H_support(phi_k) lam_g
-//
-// where lam_g, and what the update rule's own parameters get, is the rule's (rules.h); with query losses at
-// earlier steps, v_k L_query(phi_k), their gradients join lam on its way. A Hessian-vector product is
-// forward, backward, forward tangent, backward tangent at phi_k. The activations of the last inner step are
-// still there when the recursion begins; those of the others are computed again from phi_k, so memory does
-// not grow with the steps but by the parameters themselves - unless those of all steps fit in a core's cache,
-// when they are kept (engine/build.cpp decides). Compiled once per instruction set; calls nothing outside of
-// it, allocates nothing, starts no thread. Tested by tests/engine/ and tests/test_inner_options.py.
+// One task at a time as engine/unroll.h wants it, and the engine's table. Compiled once per instruction set;
+// calls nothing outside of it, allocates nothing, starts no thread.
 #pragma once
 
+#include "../engine/unroll.h"
 #include "network.h"
 #include "prototype_step.h"
 #include "rules.h"
@@ -19,145 +10,81 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// to += factor * from.
 template <class Real>
-inline void add_scaled(int64_t count, Real factor, const Real* from, Real* to) {
-  const Vec<Real> by = splat(factor);
-  for (int64_t i = 0; i < count; i += kLanes<Real>) store(to + i, load(to + i) + by * load(from + i));
-}
+struct OneTask {
+  using Number = Real;
+  using Vector = Real*;
+  using ConstVector = const Real*;
+
+  OneTask(const Job<Real>& j, int64_t t, Real* memory)
+      : job(j),
+        task(t),
+        workspace(memory),
+        support{*j.program, j.layout->support, j.team, memory, memory, nullptr, nullptr},
+        query{*j.program, j.layout->query, j.team, memory, memory, nullptr, nullptr} {}
+
+  Vector at(int64_t offset) const { return workspace + offset; }
+  ConstVector theta() const { return job.theta; }
+  Real* logits() const { return job.logits + first_query() * out().c; }
+  const Real* cotangent() const { return job.cotangent + first_query() * out().c; }
+
+  void see_support(int64_t batch) {
+    see(job.support, (task * job.batches + batch) * job.layout->support.samples, support, support_y);
+  }
+  void see_query() { see(job.query, first_query(), query, query_y); }
+
+  void add_loss(Real factor, Real one) { loss += factor * one; }
+  // Losses and accuracy, where they are wanted.
+  void report() const {
+    if (job.losses != nullptr) job.losses[task] = loss;
+    if (job.accuracy != nullptr) job.accuracy[task] = query.accuracy(query_y.labels);
+  }
+
+  void zero(Vector to) const { std::fill_n(to, job.program->params, Real(0)); }
+  void scale(Real factor, Vector to) const {
+    const Vec<Real> by = splat(factor);
+    for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) store(to + i, by * load(to + i));
+  }
+  // to += factor * from.
+  void add_scaled(Real factor, ConstVector from, Vector to) const {
+    const Vec<Real> by = splat(factor);
+    for (int64_t i = 0; i < job.program->params; i += kLanes<Real>)
+      store(to + i, load(to + i) + by * load(from + i));
+  }
+
+  void to_engine(const Real* user, int64_t stride, const Real* constants, Vector w) const {
+    METAFAST_ISA::to_engine(*job.program, user + task * stride, constants, w);
+  }
+  void to_user(ConstVector w) const {
+    METAFAST_ISA::to_user(*job.program, w, job.gradient + task * job.program->adapting);
+  }
+  // The task's gradient, from + factor * more.
+  void deliver(ConstVector from) const { cpu::METAFAST_ISA::deliver(job, task, TaskGradient<Real>{from}); }
+  void deliver(ConstVector from, ConstVector more, Real factor) const {
+    cpu::METAFAST_ISA::deliver(job, task, TaskGradient<Real>{from, more, splat(factor)});
+  }
+
+  const Job<Real>& job;
+  const int64_t task;
+  Real* const workspace;
+  Network<Real> support, query;
+  Targets<Real> support_y{}, query_y{};
+  Real loss = 0;
+
+ private:
+  const Value& out() const { return job.program->values[job.program->value_count - 1]; }
+  int64_t first_query() const { return task * job.layout->query.samples; }
+  void see(const Data<Real>& data, int64_t first, Network<Real>& network, Targets<Real>& y) const {
+    const Value& in = job.program->values[0];
+    network.set_input(data.x + first * in.c * in.h * in.w);
+    y = targets_of(data, first, out().c);
+  }
+};
 
 template <class Real, template <class> class Rule>
-void meta_step(const Job<Real>& job, int64_t task, Real* workspace) {
-  const Program& program = *job.program;
-  const WorkspaceLayout& layout = *job.layout;
-  const Value &in = program.values[0], &out = program.values[program.value_count - 1];
-  const int64_t pixels = in.c * in.h * in.w, params = program.params, steps = job.steps;
-  Network<Real> support{program, layout.support, job.team, workspace, workspace, nullptr, job.theta};
-  Network<Real> query{program, layout.query, job.team, workspace, workspace, nullptr, job.theta};
-  Real *const product = workspace + layout.product, *const direction = workspace + layout.direction;
-  const auto phi = [&](int64_t k) { return k == 0 ? job.theta : workspace + layout.tape + (k - 1) * params; };
-  const bool wants_gradient = job.gradient != nullptr;
-  Rule<Real> rule(job, task, workspace + layout.rule);
-
-  Targets<Real> support_y{};
-  const auto go_to = [&](int64_t k) {  // the parameters, the batch and the place of step k
-    if (k == 0 || job.batches > 1) {
-      const int64_t first = (task * job.batches + k % job.batches) * layout.support.samples;
-      support.set_input(job.support.x + first * pixels);
-      support_y = targets_of(job.support, first, out.c);
-    }
-    support.w = phi(k);
-    support.kept = workspace + k * layout.kept;
-  };
-  const int64_t first = task * layout.query.samples;
-  const Targets<Real> query_y = targets_of(job.query, first, out.c);
-  query.set_input(job.query.x + first * pixels);
-
-  // With a cotangent of the outputs, which are the last step's, losses do not matter.
-  const Real* const v = job.cotangent == nullptr ? job.query_weights : nullptr;
-  Real* const query_tape = workspace + layout.query_tape;
-  Real loss = 0;
-  for (int64_t k = 0; k < steps; ++k) {
-    go_to(k);
-    support.forward();
-    support.loss(support_y, true);
-    support.backward(product);
-    rule.step(k, support.w, product, workspace + layout.tape + k * params);
-    if (v == nullptr || k + 1 == steps || v[k] == 0) continue;
-    query.w = phi(k + 1);
-    query.forward();
-    loss += v[k] * query.loss(query_y, wants_gradient);
-    if (wants_gradient) query.backward(query_tape + k * params);
-  }
-
-  query.w = phi(steps);
-  query.forward();
-  if (job.logits != nullptr) query.copy_outputs(job.logits + first * out.c);
-  const Real last = v == nullptr ? Real(1) : v[steps - 1];
-  loss += last * query.loss(query_y, wants_gradient);
-  if (job.losses != nullptr) job.losses[task] = loss;
-  if (job.accuracy != nullptr) job.accuracy[task] = query.accuracy(query_y.labels);
-  if (!wants_gradient) return;
-  if (job.cotangent != nullptr) query.set_adjoint(job.cotangent + first * out.c);
-
-  // lam stays in the workspace, where the lanes that nobody writes are zero.
-  Real* const lam = workspace + layout.w;
-  query.backward(lam);
-  if (last != 1) {
-    for (int64_t i = 0; i < params; i += kLanes<Real>) store(lam + i, last * load(lam + i));
-  }
-  for (int64_t k = steps - 1; k >= 0; --k) {
-    const bool there = k == steps - 1 || layout.kept > 0;
-    if (rule.wants_g() || !job.first_order) {
-      go_to(k);
-      if (!there) {
-        support.forward();
-        support.loss(support_y, true);
-      }
-    }
-    if (rule.wants_g()) {
-      if (k != steps - 1) support.backward(product);  // the last step's g is there still
-    } else if (!job.first_order && !there) {
-      support.backward(nullptr);
-    }
-    const Pulled<Real> pull = rule.pull(k, lam, product, direction);
-    if (job.truncate > 0 && k > 0 && k % job.truncate == 0) {
-      std::fill_n(lam, params, Real(0));
-      rule.cut();
-    } else if (!job.first_order) {
-      support.hessian_vector(pull.along, product);
-      if (k == 0) {  // together, as these may be long
-        rule.end();
-        return deliver(job, task, TaskGradient<Real>{lam, product, splat(pull.factor)});
-      }
-      const Vec<Real> factor = splat(pull.factor);
-      for (int64_t i = 0; i < params; i += kLanes<Real>)
-        store(lam + i, load(lam + i) + factor * load(product + i));
-    }
-    if (v != nullptr && k > 0 && v[k - 1] != 0)
-      add_scaled(params, v[k - 1], query_tape + (k - 1) * params, lam);
-  }
-  rule.end();
-  deliver(job, task, TaskGradient<Real>{lam});
-}
-
-// All but meta_step: one network at the task's own parameters.
-template <class Real>
-void single(const Job<Real>& job, int64_t task, Real* workspace) {
-  const Program& program = *job.program;
-  const WorkspaceLayout& layout = *job.layout;
-  const bool on_support = job.what == What::gradient || job.what == What::hvp;
-  const Pass& pass = on_support ? layout.support : layout.query;
-  const Data<Real>& data = on_support ? job.support : job.query;
-  const Value &in = program.values[0], &out = program.values[program.value_count - 1];
-  Real *const w = workspace + layout.w, *const product = workspace + layout.product;
-  to_engine(program, job.phi + task * job.phi_stride, job.constants, w);
-  Network<Real> network{program, pass, job.team, workspace, workspace, nullptr, w};
-  network.set_input(data.x + task * pass.samples * in.c * in.h * in.w);
-  network.forward();
-  switch (job.what) {
-    case What::outputs:
-      network.copy_outputs(job.logits + task * pass.samples * out.c);
-      return;
-    case What::pullback:
-      network.set_adjoint(job.cotangent + task * pass.samples * out.c);
-      network.backward(product);
-      break;
-    case What::gradient: {
-      const Real loss = network.loss(targets_of(data, task * pass.samples, out.c), true);
-      if (job.losses != nullptr) job.losses[task] = loss;
-      network.backward(product);
-      break;
-    }
-    default: {  // hvp
-      network.loss(targets_of(data, task * pass.samples, out.c), true);
-      network.backward(nullptr);
-      Real* const direction = workspace + layout.direction;
-      to_engine<Real>(program, job.vector + task * program.adapting, nullptr, direction);
-      network.hessian_vector(direction, product);
-    }
-  }
-  to_user(program, product, job.gradient + task * program.adapting);
+void meta_step_of(OneTask<Real>& one) {
+  Rule<Real> rule(one.job, one.task, one.at(one.job.layout->rule));
+  meta_step(one, rule);
 }
 
 template <class Real>
@@ -180,19 +107,20 @@ void weighted_sum(const Real* rows, int64_t tasks, int64_t size, const Real* wei
 // Elements of workspace that the job takes besides its network's.
 template <class Real>
 int64_t rule_workspace(const Job<Real>& job, bool wants_gradient) {
-  if (job.what == What::prototypes) return PrototypeBuffers<Real>(job, wants_gradient, nullptr).size;
+  if (job.what == What::prototypes) return OneTaskHead<Real>(job, 0, nullptr, wants_gradient).size();
   return job.learned == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
 }
 
 template <class Real>
 void run_task(const Job<Real>& job, int64_t task, Real* workspace) {
+  OneTask<Real> one(job, task, workspace);
   if (job.what == What::prototypes) {
-    prototype_step(job, task, workspace);
+    OneTaskHead<Real> head(job, task, workspace + job.layout->rule, job.gradient != nullptr);
+    prototype_step(one, head);
   } else if (job.what == What::meta_step) {
-    job.learned == nullptr ? meta_step<Real, PlainRule>(job, task, workspace)
-                           : meta_step<Real, LearnedRule>(job, task, workspace);
+    job.learned == nullptr ? meta_step_of<Real, PlainRule>(one) : meta_step_of<Real, LearnedRule>(one);
   } else {
-    single(job, task, workspace);
+    single(one);
   }
 }
 

@@ -11,6 +11,7 @@ namespace {
 constexpr int kHeader = 7, kLayerInts = 16;
 constexpr int64_t kMostTaps = 169;      // cpu/layers/conv.h
 constexpr int64_t kWinogradParts = 36;  // cpu/layers/winograd.h
+constexpr int64_t kNormParts = 32;      // cuda/layers/norm_launch.h
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("metafast: descriptor: ") + what);
@@ -317,8 +318,10 @@ void Plan::decide_saved() {
       scratch_per_call_ = std::max(scratch_per_call_, kWinogradParts * blocks + d);
     } else if (l.kind == Kind::batch_norm) {
       l.saved_per_layer = 4 * in.pixel;
+      scratch_per_call_ = std::max(scratch_per_call_, 2 * kNormParts * in.pixel);
     } else if (l.kind == Kind::batch_norm_relu_pool) {
       l.saved_per_layer = 4 * in.pixel;
+      scratch_per_call_ = std::max(scratch_per_call_, 2 * kNormParts * in.pixel);
       l.saved_per_sample = 2 * out.h * out.w * in.pixel;
     } else if (l.kind == Kind::layer_norm) {
       l.saved_per_sample = 4;
@@ -399,16 +402,16 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
   return pass;
 }
 
-const cpu::WorkspaceLayout& Plan::layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
+const WorkspaceLayout& Plan::layout(What what, bool wants_gradient, int64_t support, int64_t query,
                                          int64_t steps, bool query_losses, int64_t rule) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule};
   const auto found = layouts_.find(key);
   if (found != layouts_.end()) return found->second.layout;
   LayoutStore& store = layouts_[key];
-  cpu::WorkspaceLayout& layout = store.layout;
+  WorkspaceLayout& layout = store.layout;
   layout.size = 0;
-  const bool tangents = what == cpu::What::hvp || (what == cpu::What::meta_step && wants_gradient);
+  const bool tangents = what == What::hvp || (what == What::meta_step && wants_gradient);
   int64_t none = 0;
   layout.support = make_pass(store.support, support, true, tangents, steps, layout.size, layout.kept);
   layout.query = make_pass(store.query, query, wants_gradient, false, 1, layout.size, none);

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/job.h"
+#include "job.h"
 
 namespace metafast {
 
@@ -30,7 +30,7 @@ class Plan {
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
   // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
   // give the same object, which lives as long as the network. Safe from several threads.
-  const cpu::WorkspaceLayout& layout(cpu::What what, bool wants_gradient, int64_t support, int64_t query,
+  const WorkspaceLayout& layout(What what, bool wants_gradient, int64_t support, int64_t query,
                                      int64_t steps, bool query_losses = false, int64_t rule = 0);
 
  private:
@@ -39,7 +39,7 @@ class Plan {
   };
   struct LayoutStore {
     PassStore support, query;
-    cpu::WorkspaceLayout layout;
+    WorkspaceLayout layout;
   };
   using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool, int64_t>;
 

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "../cpu/isa.h"
+#include "../cpu/job.h"
 #include "../cpu/pool.h"
 #include "lstm_weights.h"
 #include "metric.h"
@@ -21,8 +22,6 @@
 namespace metafast {
 
 using at::Tensor;
-using cpu::Job;
-using cpu::What;
 
 namespace {
 
@@ -54,8 +53,8 @@ const Real* data_or_null(const Tensor& t) {
 }
 
 template <class Real>
-cpu::Data<Real> data_of(const Side& side) {
-  cpu::Data<Real> data{side.x.const_data_ptr<Real>(), nullptr, nullptr};
+Data<Real> data_of(const Side& side) {
+  Data<Real> data{side.x.const_data_ptr<Real>(), nullptr, nullptr};
   if (!side.y.defined()) return data;
   if (side.y.scalar_type() == at::kLong) {
     data.labels = side.y.const_data_ptr<int64_t>();
@@ -77,7 +76,7 @@ Engine::Engine(const std::vector<int64_t>& ints, const std::vector<double>& numb
                    dtype);
 }
 
-Engine::Workspaces Engine::acquire(const cpu::WorkspaceLayout& layout, int threads) {
+Engine::Workspaces Engine::acquire(const WorkspaceLayout& layout, int threads) {
   Workspaces found;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -107,8 +106,8 @@ template <class Real>
 class Engine::Call {
  public:
   Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps, bool query_losses = false, const cpu::LearnedStep<Real>* learned = nullptr,
-       const cpu::HeadShape* head = nullptr)
+       int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
+       const HeadShape* head = nullptr)
       : engine_(engine) {
     job.what = what;
     job.program = &engine.plan_.program();
@@ -351,7 +350,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     using Real = decltype(real);
     const int64_t batch = inner.batch > 0 ? inner.batch : shots;
     std::optional<HeldLstmWeights<Real>> lstm;
-    cpu::LearnedStep<Real> learned{nullptr, program.adapting, program.source};
+    LearnedStep<Real> learned{nullptr, program.adapting, program.source};
     std::vector<int64_t> place;
     if (!inner.lstm.empty()) {
       lstm.emplace(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), inner.p);
@@ -362,7 +361,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
         learned.place = place.data();
       }
     }
-    const cpu::HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
+    const HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
     Call<Real> call(*this, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
                     inner.steps > 0 ? batch : 0, compares ? shots + queries : queries, inner.steps,
                     !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr);
@@ -469,7 +468,7 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
 }
 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
-  const cpu::WorkspaceLayout& layout = plan_.layout(What::meta_step, true, support, query, steps);
+  const WorkspaceLayout& layout = plan_.layout(What::meta_step, true, support, query, steps);
   return {layout.size * plan_.element(), steps * plan_.program().params * plan_.element()};
 }
 

@@ -97,10 +97,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // Workspaces of one layout, a thread each; they start as zeros and are used again.
   struct Workspaces {
-    const cpu::WorkspaceLayout* layout = nullptr;
+    const WorkspaceLayout* layout = nullptr;
     std::vector<std::unique_ptr<void, void (*)(void*)>> threads;
   };
-  Workspaces acquire(const cpu::WorkspaceLayout& layout, int threads);
+  Workspaces acquire(const WorkspaceLayout& layout, int threads);
   void release(Workspaces&& workspaces);
 
   void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) const;
@@ -130,7 +130,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // sum_t weights_t gradient_t of (T, params) or (T, rows, params), or what was summed before, (params,), in
   // the user's order: (P,) or (rows, P).
   at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights) const;
-  at::Tensor single(cpu::What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
+  at::Tensor single(What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
                     const at::Tensor* vector);
   at::Tensor flatten(const std::vector<at::Tensor>& params) const;
   void set_loss(MetaOutcome& outcome, const at::Tensor& weights) const;
