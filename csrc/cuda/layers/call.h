@@ -14,6 +14,8 @@
 // one thread or a fixed tree, never by atomics.
 #pragma once
 
+#include <type_traits>
+
 #include "../../engine/program.h"
 #include "../gpu.h"
 
@@ -30,7 +32,12 @@ struct Batch {
   __device__ __host__ T* of(int64_t t) const { return first + t * task; }
   __device__ __host__ bool null() const { return first == nullptr; }
   __device__ __host__ Batch operator+(int64_t elements) const { return {first + elements, task}; }
-  __device__ __host__ operator Batch<const T>() const { return {first, task}; }
+  // To Batch<const T>; a template, since nvcc warns of a conversion of a class to itself.
+  template <class To>
+    requires std::is_same_v<To, const T>
+  __device__ __host__ operator Batch<To>() const {
+    return {first, task};
+  }
 };
 
 // By value, as a kernel takes it.
