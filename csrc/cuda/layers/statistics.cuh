@@ -1,0 +1,119 @@
+// The sums and moments of the norms, in an order that hangs on the sizes alone: a thread's elements in short
+// pieces, whose errors stay small, then a tree over the block's threads.
+#pragma once
+
+#include "call.h"
+
+namespace metafast::METAFAST_GPU {
+
+constexpr int kNormThreads = 256;
+
+// Two sums. What follows has no constructors, so that shared memory can have it; {} is nothing yet.
+template <class Real>
+struct Sums {
+  Real a, b;
+  __device__ void merge(const Sums& other) {
+    a += other.a;
+    b += other.b;
+  }
+};
+
+// The mean of `count` numbers and the sum of their squared distances from it; put together as by T. Chan,
+// G. Golub and R. LeVeque (1983).
+template <class Real>
+struct Moments {
+  Real mean, squares;
+  unsigned count;
+  __device__ void merge(const Moments& other) {
+    if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const Real share = Real(other.count) / Real(count + other.count), shift = other.mean - mean;
+    mean += share * shift;
+    squares += other.squares + Real(count) * share * (shift * shift);
+    count += other.count;
+  }
+  // The variance is biased.
+  __device__ Real inverse_deviation(double eps) const {
+    return Real(1 / std::sqrt(double(squares / Real(count)) + eps));
+  }
+};
+
+// Over the elements first, first + step, ... below `end`: a thread's. add(q, sums) adds q's.
+template <class Real, class Add>
+__device__ Sums<Real> sums_of(unsigned first, unsigned end, unsigned step, const Add& add) {
+  constexpr int kPiece = 16;
+  Sums<Real> sums{};
+  for (unsigned q = first; q < end;) {
+    Sums<Real> piece{};
+    for (int k = 0; k < kPiece && q < end; ++k, q += step) add(q, piece);
+    sums.merge(piece);
+  }
+  return sums;
+}
+
+// value(q) is q's. Of a piece from its first element, so that the moments of a constant are exact.
+template <class Real, class Get>
+__device__ Moments<Real> moments_of(unsigned first, unsigned end, unsigned step, const Get& value) {
+  constexpr int kPiece = 8;
+  Moments<Real> moments{};
+  for (unsigned q = first; q < end;) {
+    Real x[kPiece], sum = 0, squares = 0;
+    unsigned count = 0;
+#pragma unroll
+    for (int k = 0; k < kPiece; ++k) {
+      x[k] = q < end ? value(q) : Real(0);
+      if (q < end) ++count, q += step;
+    }
+#pragma unroll
+    for (int k = 1; k < kPiece; ++k) sum += k < int(count) ? x[k] - x[0] : Real(0);
+    const Real mean = sum / Real(count);
+#pragma unroll
+    for (int k = 0; k < kPiece; ++k) {
+      const Real centred = (x[k] - x[0]) - mean;
+      squares += k < int(count) ? centred * centred : Real(0);
+    }
+    moments.merge({x[0] + mean, squares, count});
+  }
+  return moments;
+}
+
+// The parts of the threads of each of kLanes columns, thread % kLanes, put together in the first of them and
+// in shared[column]; all threads must come.
+template <int kLanes, class Part>
+__device__ void merge_columns(Part& mine, Part (&shared)[kNormThreads]) {
+  const int thread = int(threadIdx.x);
+  __syncthreads();  // all have read what is there
+  shared[thread] = mine;
+  for (int half = kNormThreads / 2; half >= kLanes; half /= 2) {
+    __syncthreads();
+    if (thread >= half) continue;
+    mine.merge(shared[thread + half]);
+    shared[thread] = mine;
+  }
+}
+
+// Samples of h x w things: pixels, windows.
+struct Domain {
+  unsigned count, h, w;  // count: of all samples
+  __host__ __device__ Domain(int64_t samples, int64_t height, int64_t width)
+      : count(unsigned(samples * height * width)), h(unsigned(height)), w(unsigned(width)) {}
+};
+
+struct Place {
+  unsigned n, i, j;
+  __device__ Place(const Domain& domain, unsigned q) {
+    const unsigned line = q / domain.w;
+    j = q - line * domain.w;
+    n = line / domain.h;
+    i = line - n * domain.h;
+  }
+};
+
+__device__ inline int64_t offset(const Value& value, const Place& at, int64_t channel) {
+  return value.origin + at.n * value.sample + at.i * value.row + at.j * value.pixel + channel;
+}
+
+}  // namespace metafast::METAFAST_GPU
