@@ -109,11 +109,13 @@ struct BatchNormBwd : NormChannel<Real> {
     mean = this->saved(kMean), r = this->saved(kInverse), scale = this->gamma() * r;
     db = this->saved(kMeanDy), dg = this->saved(kMeanDyXhat);
   }
-  __device__ void apply(const Place& at) const {
-    const int64_t in = offset(c.in, at, this->channel);
-    const Real xhat = (c.x.of(t)[in] - mean) * r;
-    const Real u = c.dy.of(t)[offset(c.out, at, this->channel)] - db - xhat * dg;
+  // dx of the element at `in`, on whose normalised value dh arrives.
+  __device__ void put(int64_t in, Real dh) const {
+    const Real u = dh - db - (c.x.of(t)[in] - mean) * r * dg;
     c.dx.of(t)[in] = this->inside ? scale * u : Real(0);
+  }
+  __device__ void apply(const Place& at) const {
+    put(offset(c.in, at, this->channel), c.dy.of(t)[offset(c.out, at, this->channel)]);
   }
 };
 
@@ -144,6 +146,9 @@ struct BatchNormTfwd : NormTangent<Real> {
   bool moves;
   Real mean, r, gamma, tgamma, tbeta, tmean, tc;
 
+  __device__ Real txhat(Real xhat, int64_t in) const {
+    return moves ? r * (c.tx.of(t)[in] - tmean - xhat * tc) : Real(0);
+  }
   __device__ void take() {
     moves = !c.tx.null();
     mean = this->saved(kMean), r = this->saved(kInverse), gamma = NormChannel<Real>::gamma();
@@ -153,8 +158,7 @@ struct BatchNormTfwd : NormTangent<Real> {
   __device__ void apply(const Place& at) const {
     const int64_t in = offset(c.in, at, this->channel);
     const Real xhat = (c.x.of(t)[in] - mean) * r;
-    const Real txhat = moves ? r * (c.tx.of(t)[in] - tmean - xhat * tc) : Real(0);
-    const Real ty = tgamma * xhat + gamma * txhat + tbeta;
+    const Real ty = tgamma * xhat + gamma * txhat(xhat, in) + tbeta;
     c.ty.of(t)[offset(c.out, at, this->channel)] = this->inside ? ty : Real(0);
   }
 };
@@ -246,8 +250,9 @@ __device__ void get_part(const NormChannel<Real>& of, const NormLaunch& l, unsig
   m = {from[0], from[of.c.in.pixel], left < l.reduced_of_part ? left : l.reduced_of_part};
 }
 
+// Three blocks at a time on a multiprocessor: for four the compiler would spill.
 template <class Function, class Real>
-__global__ void __launch_bounds__(kNormThreads) norm_kernel(const Call<Real> c, const NormLaunch l) {
+__global__ void __launch_bounds__(kNormThreads, 3) norm_kernel(const Call<Real> c, const NormLaunch l) {
   constexpr int kLanes = kNormLanes<Real>, kRows = kNormRows<Real>;
   using Part = typename Function::Part;
   METAFAST_SHARED(Part, shared, [kNormThreads]);

@@ -104,6 +104,7 @@ struct Domain {
 
 struct Place {
   unsigned n, i, j;
+  __device__ Place(unsigned sample, unsigned row, unsigned column) : n(sample), i(row), j(column) {}
   __device__ Place(const Domain& domain, unsigned q) {
     const unsigned line = q / domain.w;
     j = q - line * domain.w;
