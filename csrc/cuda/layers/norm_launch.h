@@ -8,8 +8,6 @@
 
 namespace metafast::METAFAST_GPU {
 
-constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y
-
 // Reduces over one domain, unless nothing is to be reduced, then goes through the other where `applies`.
 template <class Function, class Real>
 void start_norm(const char* name, const Call<Real>& c, bool reduces, const Domain& reduced, bool applies,

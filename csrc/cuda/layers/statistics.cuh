@@ -7,6 +7,7 @@
 namespace metafast::METAFAST_GPU {
 
 constexpr int kNormThreads = 256;
+constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y: more go round the kernels' loops
 
 // Two sums. What follows has no constructors, so that shared memory can have it; {} is nothing yet.
 template <class Real>
