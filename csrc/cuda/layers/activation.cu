@@ -25,7 +25,7 @@ void activation_bwd(const Call<Real>& c, CUstream_st* stream) {
 
 template <class Real, class A>
 void activation_tfwd(const Call<Real>& c, CUstream_st* stream) {
-  if (c.tx.null()) return clear_output("activation_tfwd", c, stream);
+  if (c.tx.null()) return clear_output_tangent("activation_tfwd", c, stream);
   launch_elements("activation_tfwd", activation_slope_kernel<Real, A, false>, elements_of(c), stream,
                   A(c.layer), c.x, c.tx, c.ty);
 }
