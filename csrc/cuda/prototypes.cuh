@@ -13,6 +13,7 @@
 
 #include "gpu.h"
 #include "prototypes.h"
+#include "warp.cuh"
 
 namespace metafast::METAFAST_GPU {
 
@@ -21,7 +22,6 @@ constexpr int kHeadClasses = 32;                    // that a block scores at a 
 constexpr int kHeadFeatures = 32;                   // in shared memory at a time
 constexpr int kPullQueries = 8, kPullClasses = 64;  // of a block for dq, and of W in shared memory at a time
 constexpr int kSpreadClasses = 4;                   // of a block for dp
-constexpr unsigned kAllLanes = 0xffffffff;
 
 // The head, and what is of it in each kernel.
 template <class Real>
@@ -40,21 +40,6 @@ struct HeadLaunch {
     return h.class_mask == nullptr || h.class_mask[t * h.ways + c];
   }
 };
-
-// The sum of a warp's values, in each of its lanes.
-template <class Real>
-__device__ Real warp_sum(Real x) {
-  for (int with = 16; with > 0; with /= 2) x += __shfl_xor_sync(kAllLanes, x, with);
-  return x;
-}
-template <class Real>
-__device__ Real warp_max(Real x) {
-  for (int with = 16; with > 0; with /= 2) {
-    const Real other = __shfl_xor_sync(kAllLanes, x, with);
-    x = other > x ? other : x;
-  }
-  return x;
-}
 
 // means: a block a class.
 template <class Real>
