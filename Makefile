@@ -77,7 +77,7 @@ aarch64:
 	done
 
 cuda-compile:
-	for file in csrc/cuda/*.cu; do \
+	for file in csrc/cuda/*.cu csrc/cuda/layers/*.cu; do \
 	  nvcc -std=c++20 -O3 -arch=all-major -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror -c -o /dev/null $$file || exit 1; \
 	done
 
