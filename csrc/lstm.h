@@ -24,7 +24,8 @@ struct LstmWeights {
   int64_t count_with_start() const { return count() + (start == nullptr ? 0 : 2 * layers * hidden); }
 };
 
-// K steps of N coordinates along gradients that are known.
+// K steps of N coordinates along gradients that are known. On CUDA K is 1, and of T tasks, of N coordinates
+// each, all arrays have T rows as they are here.
 template <class Real>
 struct Lstm {
   const LstmWeights<Real>* rule;
@@ -34,6 +35,7 @@ struct Lstm {
   Real *updates, *next;            // forward: (K, N), (L, 2, N, H)
   const Real *d_updates, *d_next;  // backward: cotangents of these, null: zero
   Real *d_grads, *d_state;         // of these
+  int64_t tasks = 1;               // T, on CUDA
 };
 
 // Coordinates of a block: four vectors of 64 bytes.

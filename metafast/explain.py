@@ -128,7 +128,7 @@ def explain(
     name = type(model).__name__
     by_torch = _why_torch(model, loss_name)
     if by_torch is None and shape is None:
-        reason = f"backend {current_backend()}: give input_shape to see whether the cpu engine runs them"
+        reason = f"backend {current_backend()}: give input_shape to see whether the {_engine(model)} engine runs them"
         return Explanation(name, _torch_layers(model, shape, ""), count, reason)
     if by_torch is None and shape is not None:
         try:
@@ -137,8 +137,10 @@ def explain(
         except NotLowered as error:
             by_torch = error.reason
         else:
-            reason = f"backend {current_backend()}: the cpu engine runs all layers"
-            return Explanation(name, _lowered_layers(model, lowered), count, reason, _notes(engine))
+            by = _engine(model)
+            reason = f"backend {current_backend()}: the {by} engine runs all layers"
+            notes = _notes(engine) if by == "cpu" else ()
+            return Explanation(name, _lowered_layers(model, lowered, by), count, reason, notes)
     backend = current_backend()
     # A native backend that was forced refuses what it cannot run.
     runs = "torch" if backend in ("auto", "torch") else _NONE
@@ -164,8 +166,6 @@ def _why_torch(model: nn.Module, loss_name: str | None) -> str | None:
     backend = current_backend()
     if backend == "torch":
         return "it is forced"
-    if backend not in ("auto", "cpu"):
-        return f"there is no {backend} engine yet"
     status = _native.status()
     if not status.available:
         return f"there is no extension: {status.reason}"
@@ -174,11 +174,22 @@ def _why_torch(model: nn.Module, loss_name: str | None) -> str | None:
     first = next(model.parameters(), None)
     if first is None:
         return "the model has no parameters"
-    if first.device.type != "cpu":
-        return f"there is no engine for {first.device.type} yet"
+    device, engine = first.device.type, _engine(model)
+    if device not in ("cpu", "cuda"):
+        return f"there is no engine for {device}"
+    if reason := _native.missing(engine):
+        return f"there are no kernels for {engine}: {reason}"
+    if device != ("cpu" if engine == "simt" else engine):
+        return f"the model is on {device}"
     if first.dtype not in NATIVE_DTYPES:
         return f"the engine takes float32 and float64, the model's parameters are {first.dtype}"
     return None
+
+
+def _engine(model: nn.Module) -> str:
+    """Which engine would run the model: the backend that is forced, or its device's."""
+    backend = current_backend()
+    return next(model.parameters()).device.type if backend == "auto" else backend
 
 
 def _notes(engine: Any) -> tuple[str, ...]:
@@ -203,7 +214,7 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
     return {name or type(m).__name__: m for name, m in leaves.items()}
 
 
-def _lowered_layers(model: nn.Module, lowered: Lowered) -> tuple[Layer, ...]:
+def _lowered_layers(model: nn.Module, lowered: Lowered, engine: str) -> tuple[Layer, ...]:
     """The lowered layers in order, then the modules that have no part in them."""
     leaves = _leaves(model)
     rows = [
@@ -213,7 +224,7 @@ def _lowered_layers(model: nn.Module, lowered: Lowered) -> tuple[Layer, ...]:
             layer.output,
             layer.parameters,
             layer.flops,
-            "cpu",
+            engine,
         )
         for layer in lowered.layers
     ]

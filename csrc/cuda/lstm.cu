@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "launch.h"
+#include "layers/elements.h"
 #include "lstm.cuh"
 #include "lstm.h"
-#include "weighted_sum.h"
 
 namespace metafast::METAFAST_GPU {
 namespace {
@@ -11,11 +13,13 @@ namespace {
 template <class Real>
 using Kernel = void (*)(LstmLaunch<Real>, int64_t);
 
-// How a step is launched. The number of blocks is no GPU's: the weights' gradients have the same bits on all.
+// How a step is launched. A task's number of blocks is no GPU's, and no matter of the others: the weights'
+// gradients have the same bits on all.
 template <class Real>
 struct Plan {
   Plan(const Lstm<Real>& lstm, bool backward)
-      : tiles((lstm.coordinates + kLstmTile - 1) / kLstmTile),
+      : tasks(lstm.tasks),
+        tiles((lstm.coordinates + kLstmTile - 1) / kLstmTile),
         rows(backward ? lstm_backward_rows(lstm.rule->hidden, lstm.rule->layers)
                       : lstm_forward_rows(lstm.rule->hidden)) {
     const Kernel<Real> in_shared =
@@ -28,10 +32,14 @@ struct Plan {
     if (shared) shared_bytes += bytes;
     constexpr int64_t kMostBlocks = 1024, kMostWithRows = 256;  // more tiles go round the kernel's loop
     blocks = std::min(tiles, backward || !shared ? kMostWithRows : kMostBlocks);
-    of_rows = shared ? 0 : blocks * rows * kLstmRow;
+    of_rows = shared ? 0 : tasks * blocks * rows * kLstmRow;
+    constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y
+    if (tasks > kMostTasks) {
+      throw std::invalid_argument("lstm_update: expected at most 65535 tasks, got " + std::to_string(tasks));
+    }
   }
 
-  int64_t tiles, rows, blocks, of_rows;  // of_rows: elements of the workspace
+  int64_t tasks, tiles, rows, blocks, of_rows;  // of_rows: elements of the workspace
   size_t shared_bytes = kLstmWeightTile * sizeof(Real);
   bool shared;
   Kernel<Real> kernel;
@@ -53,8 +61,8 @@ LstmLaunch<Real> by_value(const Lstm<Real>& lstm, const Plan<Real>& plan, Real* 
 
 template <class Real>
 void start(const char* name, const Plan<Real>& plan, const LstmLaunch<Real>& a, CUstream_st* stream) {
-  launch(name, plan.kernel, dim3(unsigned(plan.blocks)), dim3(kLstmThreads), plan.shared_bytes, stream, a,
-         plan.rows);
+  const dim3 grid(unsigned(plan.blocks), unsigned(plan.tasks));
+  launch(name, plan.kernel, grid, dim3(kLstmThreads), plan.shared_bytes, stream, a, plan.rows);
 }
 
 }  // namespace
@@ -62,7 +70,7 @@ void start(const char* name, const Plan<Real>& plan, const LstmLaunch<Real>& a, 
 template <class Real>
 int64_t lstm_workspace(const Lstm<Real>& lstm, bool backward) {
   const Plan<Real> plan(lstm, backward);
-  return plan.of_rows + (backward ? plan.blocks * lstm.rule->count() : 0);
+  return plan.of_rows + (backward ? plan.tasks * plan.blocks * lstm.rule->count() : 0);
 }
 
 template <class Real>
@@ -77,7 +85,8 @@ void lstm_update_backward(const Lstm<Real>& lstm, Real* d_weights, Real* workspa
   const Plan<Real> plan(lstm, true);
   const LstmLaunch<Real> a = by_value(lstm, plan, workspace);
   if (plan.blocks > 0) start("lstm_update_backward", plan, a, stream);
-  weighted_sum<Real>({a.partial, nullptr, plan.blocks, a.count, d_weights}, stream);
+  launch_elements("lstm_sum", lstm_sum_kernel<Real>, plan.tasks, a.count, stream, plan.tasks, plan.blocks,
+                  a.count, a.partial, d_weights);
 }
 
 template int64_t lstm_workspace(const Lstm<float>&, bool);

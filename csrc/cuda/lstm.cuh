@@ -11,12 +11,13 @@
 //
 // The backward computes the forward again. Of the weights' gradients each thread has its own, sums them over
 // the coordinates of a tile in order, and over the block's tiles in the block's row of `partial`; a second
-// kernel adds the rows up in order. Tested by tests/ops/test_lstm.py on the emulator, and where there is a
-// GPU.
+// kernel adds a task's rows up in order. Tested by tests/ops/test_lstm.py on the emulator, and where there is
+// a GPU.
 #pragma once
 
 #include "../lstm.h"
 #include "gpu.h"
+#include "layers/elements.cuh"
 
 namespace metafast::METAFAST_GPU {
 
@@ -24,16 +25,16 @@ namespace metafast::METAFAST_GPU {
 template <class Real>
 struct LstmLaunch {
   int hidden, layers;
-  int64_t coordinates, tiles;
+  int64_t coordinates, tiles;  // of a task, which is a block's y
   Real p, least, steep;
   const Real* weights[3 * kMostLstmLayers + 2];
   const Real *grads, *state;
   Real *updates, *next;
   const Real *d_updates, *d_next;
   Real *d_grads, *d_state;
-  Real* rows;     // (blocks, rows of a tile, kLstmRow) where shared memory is too small
+  Real* rows;     // (T, blocks, rows of a tile, kLstmRow) where shared memory is too small
   int64_t count;  // numbers of all weights
-  Real* partial;  // (blocks, count) of the weights' gradients
+  Real* partial;  // (T, blocks, count) of the weights' gradients
 };
 
 constexpr int kLstmThreads = 128, kLstmWarps = kLstmThreads / 32;
@@ -58,7 +59,8 @@ class LstmTile {
         staged_(staged),
         h_(launch.hidden),
         warp_(int(threadIdx.x) / 32),
-        lane_(int(threadIdx.x) % 32) {}
+        lane_(int(threadIdx.x) % 32),
+        task_(blockIdx.y * launch.coordinates) {}
 
   __device__ int inputs(int l) const { return l == 0 ? 2 : h_; }
   // Rows of layer l's Z but the ones; of its weights the first in the user's order.
@@ -75,10 +77,10 @@ class LstmTile {
 
   // A coordinate's share of (N,), 0 where there is none; for the threads below kLstmTile.
   __device__ Real one(const Real* of) const {
-    return of != nullptr && int(threadIdx.x) < count_ ? of[first_ + threadIdx.x] : Real(0);
+    return of != nullptr && int(threadIdx.x) < count_ ? of[task_ + first_ + threadIdx.x] : Real(0);
   }
   __device__ void write_one(Real value, Real* to) const {
-    if (int(threadIdx.x) < count_) to[first_ + threadIdx.x] = value;
+    if (int(threadIdx.x) < count_) to[task_ + first_ + threadIdx.x] = value;
   }
 
   __device__ void preprocess(Real* z) const {
@@ -91,13 +93,13 @@ class LstmTile {
 
   // Plane `plane` of (.., N, H) as H rows, zeros where it is null and beyond the last coordinate; and back.
   __device__ void read(const Real* planes, int plane, Real* rows) const {
-    const int64_t first = (plane * a_.coordinates + first_) * h_;
+    const int64_t first = first_of(plane);
     const int there = planes == nullptr ? 0 : count_ * h_;
     for (int at = int(threadIdx.x); at < kLstmTile * h_; at += kLstmThreads)
       rows[at % h_ * kLstmRow + at / h_] = at < there ? planes[first + at] : Real(0);
   }
   __device__ void write(const Real* rows, Real* planes, int plane) const {
-    Real* const to = planes + (plane * a_.coordinates + first_) * h_;
+    Real* const to = planes + first_of(plane);
     for (int at = int(threadIdx.x); at < count_ * h_; at += kLstmThreads)
       to[at] = rows[at % h_ * kLstmRow + at / h_];
   }
@@ -214,6 +216,11 @@ class LstmTile {
   }
 
  private:
+  // Of the task's planes (2 L, N, H), the tile's first number.
+  __device__ int64_t first_of(int plane) const {
+    return (2 * a_.layers * task_ + plane * a_.coordinates + first_) * h_;
+  }
+
   // Output o is the sum over d of weight(o, d) z[d]; each warp has kLstmOutputs of them at a time, of both
   // its coordinates, and gives them to emit(first, sums). The first barrier is before it reads z.
   template <class Weight, class Emit>
@@ -247,8 +254,11 @@ class LstmTile {
   const LstmLaunch<Real>& a_;
   Real* staged_;
   int h_, warp_, lane_, count_ = 0;
-  int64_t first_ = 0;
+  int64_t task_, first_ = 0;  // coordinates before the task's, and of it before the tile's
 };
+
+// Which of all blocks this is.
+__device__ inline int64_t lstm_block() { return int64_t(blockIdx.y) * gridDim.x + blockIdx.x; }
 
 // Forward: Z twice, which change places from layer to layer, and c.
 inline int64_t lstm_forward_rows(int64_t hidden) { return 2 * (hidden + (hidden < 2 ? 2 : hidden)) + hidden; }
@@ -258,7 +268,7 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_forward_kernel(const LstmLa
   METAFAST_DYNAMIC_SHARED(Real, memory);
   LstmTile<Real> tile(a, memory);
   const int h = a.hidden, both = (h + (h < 2 ? 2 : h)) * kLstmRow;
-  Real *z = kShared ? memory + kLstmWeightTile : a.rows + blockIdx.x * rows * kLstmRow, *other = z + both;
+  Real *z = kShared ? memory + kLstmWeightTile : a.rows + lstm_block() * rows * kLstmRow, *other = z + both;
   Real* const c = other + both;
   for (int64_t at = blockIdx.x; at < a.tiles; at += gridDim.x) {
     tile.begin(at);
@@ -294,12 +304,12 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_backward_kernel(const LstmL
   METAFAST_DYNAMIC_SHARED(Real, memory);
   LstmTile<Real> tile(a, memory);
   const int h = a.hidden, unit = h * kLstmRow;
-  Real* const all = kShared ? memory + kLstmWeightTile : a.rows + blockIdx.x * rows * kLstmRow;
+  Real* const all = kShared ? memory + kLstmWeightTile : a.rows + lstm_block() * rows * kLstmRow;
   // Layer l's Z, then its gates and c; after the last layer's lies its h.
   const auto z_of = [=](int l) { return all + (l == 0 ? 0 : 2 * kLstmRow + 6 * unit + (l - 1) * 7 * unit); };
   const auto gates_of = [=](int l) { return z_of(l) + unit + (l == 0 ? 2 * kLstmRow : unit); };
   Real *const top = z_of(a.layers), *const u = top + unit, *const v = u + unit, *const d_updates = v + unit,
-              *const d = d_updates + kLstmRow, *const d_w = a.partial + blockIdx.x * a.count;
+              *const d = d_updates + kLstmRow, *const d_w = a.partial + lstm_block() * a.count;
   bool add = false;
   for (int64_t at = blockIdx.x; at < a.tiles; at += gridDim.x, add = true) {
     tile.begin(at);
@@ -335,6 +345,17 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_backward_kernel(const LstmL
           a.d_grads);
     }
   }
+}
+
+// d_weights (T, count), the sums of a task's rows of `partial`.
+template <class Real>
+__global__ void lstm_sum_kernel(int64_t tasks, int64_t blocks, int64_t count, const Real* partial,
+                                Real* d_weights) {
+  for_each_element(tasks, count, [&](int64_t t, int64_t at) {
+    Real sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += partial[(t * blocks + block) * count + at];
+    d_weights[t * count + at] = sum;
+  });
 }
 
 }  // namespace metafast::METAFAST_GPU

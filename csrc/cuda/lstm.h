@@ -9,7 +9,8 @@ namespace metafast {
 
 // Start kernels on the stream of the current device, which holds all that is pointed to but the rule with its
 // arrays, and the workspace, lstm_workspace elements of any content; throw std::runtime_error where a launch
-// is refused. Do not wait. The backward writes d_weights, all of them in a row, too.
+// is refused. Do not wait. The backward writes d_weights, all of a task's in a row,
+// (T, numbers), too.
 namespace cuda {
 template <class Real>
 int64_t lstm_workspace(const Lstm<Real>& lstm, bool backward);

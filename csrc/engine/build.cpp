@@ -24,8 +24,9 @@ bool is_pool(Kind kind) { return kind == Kind::max_pool || kind == Kind::avg_poo
 
 }  // namespace
 
-Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers, int64_t element)
-    : element_(element), lanes_(kVectorBytes / element) {
+Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers, int64_t element,
+           bool winograd)
+    : element_(element), lanes_(kVectorBytes / element), winograd_(winograd) {
   require(ints.size() >= kHeader, "too short");
   const int64_t count = ints[6];
   require(count >= 1 && int64_t(ints.size()) == kHeader + count * kLayerInts, "length");
@@ -286,7 +287,8 @@ void Plan::add_parameters() {
 void Plan::decide_winograd(Layer& l) const {
   l.winograd_from = std::numeric_limits<int64_t>::max();
   const Value &in = values_[l.in], &out = values_[l.out];
-  if (l.kind != Kind::conv2d || l.kernel_h != 3 || l.kernel_w != 3 || l.stride_h != 1 || l.stride_w != 1)
+  if (!winograd_ || l.kind != Kind::conv2d || l.kernel_h != 3 || l.kernel_w != 3 || l.stride_h != 1 ||
+      l.stride_w != 1)
     return;
   if (in.pixel % lanes_ != 0) return;  // the network's own input, as it came
   constexpr int64_t kTransform = 300;
@@ -403,7 +405,7 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
 }
 
 const WorkspaceLayout& Plan::layout(What what, bool wants_gradient, int64_t support, int64_t query,
-                                         int64_t steps, bool query_losses, int64_t rule) {
+                                    int64_t steps, bool query_losses, int64_t rule) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule};
   const auto found = layouts_.find(key);

@@ -15,9 +15,11 @@ namespace metafast {
 // Owns what a Program points to, and the layouts of its workspaces.
 class Plan {
  public:
-  // From metafast.engine.lowering's descriptor; `element` is sizeof(Real). Throws std::invalid_argument where
-  // the numbers are no network.
-  Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers, int64_t element);
+  // From metafast.engine.lowering's descriptor; `element` is sizeof(Real), `winograd` whether convolutions
+  // may go by that algorithm, which only the CPU has. Throws std::invalid_argument where the numbers are no
+  // network.
+  Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers, int64_t element,
+       bool winograd = true);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -30,8 +32,8 @@ class Plan {
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
   // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
   // give the same object, which lives as long as the network. Safe from several threads.
-  const WorkspaceLayout& layout(What what, bool wants_gradient, int64_t support, int64_t query,
-                                     int64_t steps, bool query_losses = false, int64_t rule = 0);
+  const WorkspaceLayout& layout(What what, bool wants_gradient, int64_t support, int64_t query, int64_t steps,
+                                bool query_losses = false, int64_t rule = 0);
 
  private:
   struct PassStore {
@@ -57,6 +59,7 @@ class Plan {
                  int64_t& size, int64_t& kept) const;
 
   int64_t element_, lanes_, user_params_;
+  bool winograd_;
   std::vector<Value> values_;
   std::vector<Layer> layers_;
   std::vector<int64_t> weight_, bias_;  // of each layer, in the user's vector, -1 where none

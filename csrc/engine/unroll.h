@@ -10,10 +10,11 @@
 // with the steps but by the parameters themselves - unless those of all steps fit in a core's cache, when
 // they are kept (build.cpp decides).
 //
-// Written once for all backends. `Tasks` is what runs at once: one task on a thread of the CPU (cpu/unroll.h),
-// all of them on a device (cuda/unroll.h), where a vector is (params,) of each task. It has the job, a network
-// `support` and `query` each, and the few operations on vectors. Templates of the backends' own types alone,
-// so that every instruction set has its own copy. Tested by tests/engine/ and tests/test_inner_options.py.
+// Written once for all backends. `Tasks` is what runs at once: one task on a thread of the CPU
+// (cpu/unroll.h), all of them on a device (cuda/unroll.h), where a vector is (params,) of each task. It has
+// the job, a network `support` and `query` each, and the few operations on vectors. Templates of the
+// backends' own types alone, so that every instruction set has its own copy. Tested by tests/engine/ and
+// tests/test_inner_options.py.
 #pragma once
 
 #include "job.h"

@@ -2,8 +2,13 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/dot.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -16,6 +21,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/job.h"
 #include "../cpu/pool.h"
+#include "gpu.h"
 #include "lstm_weights.h"
 #include "metric.h"
 
@@ -68,12 +74,46 @@ Side contiguous(const Side& side) {
   return {side.x.contiguous(), side.y.defined() ? side.y.contiguous() : side.y};
 }
 
+// (T, N, ...) as (batches, T, N / batches, ...), as cuda/engine.h wants a support set.
+Side by_batches(const Side& side, int64_t batches) {
+  const auto cut = [batches](const Tensor& t) {
+    std::vector<int64_t> sizes = t.sizes().vec();
+    sizes[1] /= batches;
+    sizes.insert(sizes.begin() + 1, batches);
+    return t.reshape(sizes).transpose(0, 1).contiguous();
+  };
+  return batches == 1 ? contiguous(side) : Side{cut(side.x), cut(side.y)};
+}
+
 }  // namespace
 
 Engine::Engine(const std::vector<int64_t>& ints, const std::vector<double>& numbers, at::ScalarType dtype)
-    : plan_(ints, numbers, dtype == at::kFloat ? 4 : 8), dtype_(dtype) {
+    : plan_(ints, numbers, dtype == at::kFloat ? 4 : 8),
+      gpu_plan_(ints, numbers, dtype == at::kFloat ? 4 : 8, false),
+      dtype_(dtype) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "dtype: expected float32 or float64, got ",
                    dtype);
+}
+
+Tensor Engine::source_on(at::Device device) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return placed(device).source;
+}
+
+const Program& Engine::program_on(at::Device device) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return placed(device).program;
+}
+
+Engine::Placed& Engine::placed(at::Device device) {
+  for (Placed& one : placed_) {
+    if (one.source.device() == device) return one;
+  }
+  const Program& program = gpu_plan_.program();
+  const Tensor host = at::from_blob(const_cast<int64_t*>(program.source), {program.params}, at::kLong);
+  Placed& one = placed_.emplace_back(Placed{host.to(device), program});
+  one.program.source = one.source.const_data_ptr<int64_t>();
+  return one;
 }
 
 Engine::Workspaces Engine::acquire(const WorkspaceLayout& layout, int threads) {
@@ -105,22 +145,38 @@ void Engine::release(Workspaces&& workspaces) {
 template <class Real>
 class Engine::Call {
  public:
-  Call(Engine& engine, What what, bool wants_gradient, int64_t tasks, int64_t support, int64_t query,
-       int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
+  Call(Engine& engine, at::Device device, What what, bool wants_gradient, int64_t tasks, int64_t support,
+       int64_t query, int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
        const HeadShape* head = nullptr)
-      : engine_(engine) {
+      : engine_(engine), gpu_(Gpu::of(device)) {
+    Plan& plan = gpu_ ? engine.gpu_plan_ : engine.plan_;
     job.what = what;
-    job.program = &engine.plan_.program();
+    job.program = gpu_ ? &engine.program_on(device) : &plan.program();
     job.tasks = tasks;
     job.steps = steps;
     job.batches = 1;
     job.learned = learned;
     job.head = head;
-    const int64_t rule = functions<Real>().rule_workspace(job, wants_gradient);
-    job.layout = &engine.plan_.layout(what, wants_gradient, support, query, steps, query_losses, rule);
+    const int64_t rule = gpu_ ? 0 : functions<Real>().rule_workspace(job, wants_gradient);
+    if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
+    job.layout = &plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
   }
 
-  void run() {
+  void run() { gpu_ ? run_at_once() : run_by_tasks(); }
+
+  Job<Real> job{};
+
+ private:
+  // Memory is torch's, whose allocator knows when the stream is done with it.
+  void run_at_once() {
+    const at::TensorOptions options = at::TensorOptions().dtype(engine_.dtype_).device(gpu_->device());
+    const Tensor workspaces = at::zeros({job.tasks, job.layout->size}, options),
+                 shared = at::empty({shared_}, options);
+    gpu_->functions<Real>().run(job, workspaces.mutable_data_ptr<Real>(), shared.mutable_data_ptr<Real>(),
+                                gpu_->stream());
+  }
+
+  void run_by_tasks() {
     const int all = at::get_num_threads();
     const int threads = int(std::min<int64_t>(all, job.tasks));
     const auto run_task = functions<Real>().run_task;
@@ -142,10 +198,9 @@ class Engine::Call {
     engine_.release(std::move(workspaces));
   }
 
-  Job<Real> job{};
-
- private:
   Engine& engine_;
+  std::optional<Gpu> gpu_;
+  int64_t shared_ = 0;
 };
 
 bool Engine::shares_tasks(int64_t tasks, int64_t samples, int threads) const {
@@ -155,63 +210,25 @@ bool Engine::shares_tasks(int64_t tasks, int64_t samples, int threads) const {
          plan_.operations() * double(samples) > kLargeLayer * plan_.program().layer_count;
 }
 
-void Engine::check(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
-  check_tensor(name, t, sizes, dtype_, at::kCPU);
-}
-
-int64_t Engine::check_x(const char* name, const Tensor& x, int64_t tasks) const {
-  const Value& in = plan_.program().values[0];
-  check_like(name, x, dtype_, at::kCPU);
-  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(0) == tasks && x.size(1) >= 1 &&
-                        x.numel() == tasks * x.size(1) * in.c * in.h * in.w,
-                    name, ": expected (T, N, ...) with T = ", tasks, " and ", in.c * in.h * in.w,
-                    " numbers a sample, got ", x.sizes());
-  return x.size(1);
-}
-
-void Engine::check_side(const char* name, const Side& side, int64_t tasks, int64_t classes) const {
-  const int64_t samples = check_x(name, side.x, tasks);
-  const Program& program = plan_.program();
-  const int64_t outputs = classes > 0 ? classes : program.values[program.value_count - 1].c;
-  TORCH_CHECK_VALUE(side.y.device().is_cpu(), name, ": expected targets on the CPU, got ", side.y.device());
-  if (program.loss == LossKind::cross_entropy) {
-    TORCH_CHECK_TYPE(side.y.scalar_type() == at::kLong, name, ": expected int64 labels, got ",
-                     side.y.scalar_type());
-    TORCH_CHECK_VALUE(side.y.sizes() == at::IntArrayRef({tasks, samples}), name,
-                      ": expected labels of shape (", tasks, ", ", samples, "), got ", side.y.sizes());
-    const Tensor labels = side.y.contiguous();
-    const int64_t* label = labels.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < tasks * samples; ++i) {
-      TORCH_CHECK_VALUE(label[i] >= 0 && label[i] < outputs, name, ": expected labels in 0..", outputs - 1,
-                        ", got ", label[i]);
-    }
-  } else {
-    TORCH_CHECK_TYPE(side.y.scalar_type() == dtype_, name, ": expected targets of dtype ", dtype_, ", got ",
-                     side.y.scalar_type());
-    TORCH_CHECK_VALUE(
-        side.y.dim() >= 2 && side.y.size(0) == tasks && side.y.numel() == tasks * samples * outputs, name,
-        ": expected targets (", tasks, ", ", samples, ", ...) of ", outputs, " numbers a sample, got ",
-        side.y.sizes());
-  }
-}
-
 Tensor Engine::single(What what, const Tensor& phi, const Tensor& constants, const Side& side,
                       const Tensor* vector) {
   const bool on_support = what == What::gradient || what == What::hvp;
   const Program& program = plan_.program();
   const int64_t adapting = program.adapting, outputs = program.values[program.value_count - 1].c;
   TORCH_CHECK_VALUE(side.x.dim() >= 2, "x: expected (T, N, ...), got ", side.x.sizes());
-  const int64_t tasks = side.x.size(0), samples = check_x("x", side.x, tasks);
-  if (on_support) check_side("support", side, tasks);
+  const at::Device device = side.x.device();
+  const c10::DeviceGuard guard(device);
+  const int64_t tasks = side.x.size(0), samples = check_x("x", side.x, tasks, device);
+  if (on_support) check_side("support", side, tasks, device);
   const bool own = phi.dim() == 2;
-  own ? check("phi", phi, {tasks, adapting}) : check("phi", phi, {adapting});
-  if (plan_.constants() > 0) check("constants", constants, {plan_.constants()});
-  if (what == What::hvp) check("vector", *vector, {tasks, adapting});
+  own ? check("phi", phi, {tasks, adapting}, device) : check("phi", phi, {adapting}, device);
+  if (plan_.constants() > 0) check("constants", constants, {plan_.constants()}, device);
+  if (what == What::hvp) check("vector", *vector, {tasks, adapting}, device);
   if (what == What::pullback) {
     TORCH_CHECK_VALUE(
         vector->dim() >= 2 && vector->numel() == tasks * samples * outputs && vector->size(0) == tasks,
         "cotangent: expected (", tasks, ", ", samples, ", ", outputs, "), got ", vector->sizes());
-    check("cotangent", *vector, vector->sizes());
+    check("cotangent", *vector, vector->sizes(), device);
   }
 
   const Tensor parameters = phi.contiguous(),
@@ -222,7 +239,7 @@ Tensor Engine::single(What what, const Tensor& phi, const Tensor& constants, con
                                               : at::empty({tasks, adapting}, phi.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
-    Call<Real> call(*this, what, what != What::outputs, tasks, on_support ? samples : 0,
+    Call<Real> call(*this, device, what, what != What::outputs, tasks, on_support ? samples : 0,
                     on_support ? 0 : samples, 0);
     (on_support ? call.job.support : call.job.query) = data_of<Real>(held);
     call.job.phi = parameters.const_data_ptr<Real>();
@@ -249,72 +266,61 @@ Tensor Engine::hvp(const Tensor& phi, const Tensor& constants, const Side& suppo
   return single(What::hvp, phi, constants, support, &vector);
 }
 
-Tensor Engine::flatten(const std::vector<Tensor>& params) const {
-  const Tensor flat = at::empty({plan_.program().adapting}, at::TensorOptions().dtype(dtype_));
+Tensor Engine::flatten(const std::vector<Tensor>& params, at::Device device) const {
+  const int64_t adapting = plan_.program().adapting;
+  int64_t count = 0;
+  for (const Tensor& p : params) {
+    TORCH_CHECK_TYPE(p.scalar_type() == dtype_ && p.device() == device, "params: expected ", dtype_, " on ",
+                     device, ", got ", p.scalar_type(), " on ", p.device());
+    count += p.numel();
+  }
+  TORCH_CHECK_VALUE(count == adapting, "params: expected ", adapting, " numbers, got ", count);
+  const Tensor flat = at::empty({adapting}, at::TensorOptions().dtype(dtype_).device(device));
   int64_t at = 0;
   for (const Tensor& p : params) {
-    TORCH_CHECK_TYPE(p.scalar_type() == dtype_ && p.device().is_cpu(), "params: expected ", dtype_,
-                     " on the CPU, got ", p.scalar_type(), " on ", p.device());
-    TORCH_CHECK_VALUE(at + p.numel() <= plan_.program().adapting, "params: more than ",
-                      plan_.program().adapting);
     const Tensor held = p.contiguous();
-    std::memcpy(static_cast<char*>(flat.mutable_data_ptr()) + at * plan_.element(), held.const_data_ptr(),
-                size_t(p.numel() * plan_.element()));
+    if (device.is_cpu()) {
+      std::memcpy(static_cast<char*>(flat.mutable_data_ptr()) + at * plan_.element(), held.const_data_ptr(),
+                  size_t(p.numel() * plan_.element()));
+    } else {
+      flat.narrow(0, at, p.numel()).copy_(held.view({-1}));
+    }
     at += p.numel();
   }
-  TORCH_CHECK_VALUE(at == plan_.program().adapting, "params: expected ", plan_.program().adapting,
-                    " numbers, got ", at);
   return flat;
 }
 
-void Engine::check_moves(const Tensor& moves) const {
-  TORCH_CHECK_TYPE(moves.scalar_type() == at::kLong && moves.device().is_cpu(),
-                   "moves: expected int64 indices on the CPU, got ", moves.scalar_type(), " on ",
-                   moves.device());
-  TORCH_CHECK_VALUE(moves.dim() == 1 && moves.numel() > 0 && moves.is_contiguous(),
-                    "moves: expected (M,) indices in a row, got ", moves.sizes());
-  const int64_t* const index = moves.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < moves.numel(); ++i) {
-    TORCH_CHECK_VALUE(index[i] >= (i == 0 ? 0 : index[i - 1] + 1) && index[i] < plan_.program().adapting,
-                      "moves: expected ascending indices below ", plan_.program().adapting, ", got ",
-                      index[i]);
-  }
-}
-
-void Engine::check_inner(const Inner& inner, int64_t shots) const {
-  TORCH_CHECK_VALUE(inner.steps >= 0, "steps: expected at least 0, got ", inner.steps);
-  TORCH_CHECK_VALUE(inner.batch >= 0 && (inner.batch == 0 || shots % inner.batch == 0),
-                    "batch: expected a divisor of the ", shots, " support samples, got ", inner.batch);
-  TORCH_CHECK_VALUE(inner.ways == 0 || plan_.program().loss == LossKind::cross_entropy,
-                    "ways: expected 0 with a loss that is not cross_entropy, got ", inner.ways);
-  TORCH_CHECK_VALUE(inner.truncate >= 0, "truncate: expected at least 0, got ", inner.truncate);
-  TORCH_CHECK_VALUE(inner.query_weights.empty() || int64_t(inner.query_weights.size()) == inner.steps,
-                    "query_weights: expected ", inner.steps, " numbers, one a step, got ",
-                    inner.query_weights.size());
-  if (!inner.lstm.empty()) {
-    TORCH_CHECK_VALUE(!inner.rates, "rates: expected none beside an LSTM's weights");
-    TORCH_CHECK_VALUE(inner.lstm.size() >= 5, "weights: expected at least 5 tensors, got ",
-                      inner.lstm.size());
-    check_lstm_weights(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), dtype_, true);
-    if (inner.moves) check_moves(*inner.moves);
-  }
-  if (!inner.rates) return;
-  const Tensor& rates = *inner.rates;
-  TORCH_CHECK_VALUE(rates.dim() == 2 && (rates.size(0) == 1 || rates.size(0) == inner.steps),
-                    "rates: expected (1 or ", inner.steps, ", P), got ", rates.sizes());
-  check("rates", rates, {rates.size(0), plan_.program().adapting});
-}
-
-std::vector<int64_t> Engine::places(const Tensor& moves) const {
+Tensor Engine::places(const Tensor& moves) {
   const Program& program = plan_.program();
-  std::vector<int64_t> of_user(size_t(program.adapting), -1), found(size_t(program.params), -1);
-  const int64_t* const index = moves.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < moves.numel(); ++i) of_user[size_t(index[i])] = i;
-  for (int64_t i = 0; i < program.params; ++i) {
-    const int64_t p = program.source[i];
-    if (p >= 0 && p < program.adapting) found[size_t(i)] = of_user[size_t(p)];
-  }
-  return found;
+  const Tensor of_user = at::full({program.adapting}, -1, moves.options()),
+               source = source_on(moves.device());
+  of_user.index_copy_(0, moves, at::arange(moves.numel(), moves.options()));
+  const Tensor found = of_user.index_select(0, source.clamp(0, program.adapting - 1));
+  return found.masked_fill_(source.lt(0).logical_or_(source.ge(program.adapting)), -1);
+}
+
+Tensor Engine::ordered(const Tensor& theta, const Tensor& constants, const Tensor& rates, double rate,
+                       int64_t rows) {
+  const at::Device device = theta.device();
+  const std::optional<Gpu> gpu = Gpu::of(device);
+  const Program& program = gpu ? program_on(device) : plan_.program();
+  // The rates of all parameters, zeros for the constants.
+  const Tensor each =
+      rates.defined() || rows == 0 ? rates : at::full({program.adapting}, rate, theta.options());
+  const Tensor all = at::empty({1 + rows, program.params}, theta.options());
+  with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    const auto to_engine = [&](const Tensor& user, const Real* fixed, int64_t count, Real* to) {
+      const Real* const from = user.const_data_ptr<Real>();
+      if (gpu) return gpu->functions<Real>().to_engine(program, count, from, fixed, to, gpu->stream());
+      for (int64_t row = 0; row < count; ++row)
+        functions<Real>().to_engine(program, from + row * program.adapting, fixed, to + row * program.params);
+    };
+    Real* const to = all.mutable_data_ptr<Real>();
+    to_engine(theta, data_or_null<Real>(constants), 1, to);
+    if (rows > 0) to_engine(each, nullptr, rows, to + program.params);
+  });
+  return all;
 }
 
 Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
@@ -323,8 +329,12 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const Program& program = plan_.program();
   const int64_t outputs = program.values[program.value_count - 1].c;
   const int64_t tasks = support.x.size(0), shots = support.x.size(1), queries = query.x.size(1);
-  check_inner(inner, shots);
-  const Side s = contiguous(support), q = contiguous(query);
+  const at::Device device = theta.device();
+  const c10::DeviceGuard guard(device);
+  check_inner(inner, shots, device);
+  const int64_t batch = inner.batch > 0 ? inner.batch : shots;
+  const bool on_gpu = Gpu::of(device).has_value();
+  const Side s = on_gpu ? by_batches(support, shots / batch) : contiguous(support), q = contiguous(query);
   const Tensor fixed = constants.defined() ? constants.contiguous() : constants;
   const Tensor rates = inner.rates ? inner.rates->contiguous() : Tensor();
   const at::TensorOptions options = theta.options();
@@ -336,7 +346,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   // Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them at the end.
   // The order of tasks is the same, and so are the bits.
   constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
-  const bool sums = weights.defined() && sums_ && at::get_num_threads() <= kFewThreads &&
+  const bool sums = weights.defined() && sums_ && !on_gpu && at::get_num_threads() <= kFewThreads &&
                     tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
     result.gradient =
@@ -348,21 +358,18 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   }
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
-    const int64_t batch = inner.batch > 0 ? inner.batch : shots;
     std::optional<HeldLstmWeights<Real>> lstm;
-    LearnedStep<Real> learned{nullptr, program.adapting, program.source};
-    std::vector<int64_t> place;
+    Tensor place;
+    LearnedStep<Real> learned{nullptr, program.adapting, nullptr};
     if (!inner.lstm.empty()) {
       lstm.emplace(inner.lstm, inner.lstm_hidden(), inner.lstm_layers(), inner.p);
       learned.weights = &**lstm;
-      if (inner.moves) {
-        place = places(*inner.moves);
-        learned.coordinates = inner.moves->numel();
-        learned.place = place.data();
-      }
+      if (inner.moves) learned.coordinates = inner.moves->numel();
+      place = inner.moves ? places(*inner.moves) : source_on(device);
+      learned.place = place.const_data_ptr<int64_t>();
     }
     const HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
-    Call<Real> call(*this, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
+    Call<Real> call(*this, device, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
                     inner.steps > 0 ? batch : 0, compares ? shots + queries : queries, inner.steps,
                     !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr);
     Job<Real>& job = call.job;
@@ -379,20 +386,9 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     // long.
     const bool uneven = rates.defined() || (plan_.constants() > 0 && !lstm);
     const int64_t rows = !uneven ? 0 : rates.defined() ? rates.size(0) : 1;
-    const Tensor ordered = at::empty({1 + rows, program.params}, options);
-    Real* const to = ordered.mutable_data_ptr<Real>();
-    const Real *const from = theta.const_data_ptr<Real>(), *const other = data_or_null<Real>(fixed);
-    functions<Real>().to_engine(program, from, other, to);
-    for (int64_t k = 0; k < rows; ++k) {
-      const Real* row = rates.defined() ? rates.const_data_ptr<Real>() + k * program.adapting : nullptr;
-      for (int64_t i = 0; i < program.params; ++i) {
-        const int64_t p = program.source[i];
-        const bool adapts = p >= 0 && p < program.adapting;
-        to[(1 + k) * program.params + i] = !adapts ? Real(0) : row == nullptr ? job.rate : row[p];
-      }
-    }
-    job.theta = to;
-    job.rates = uneven ? to + program.params : nullptr;
+    const Tensor both = ordered(theta, fixed, rates, inner.rate, rows);
+    job.theta = both.const_data_ptr<Real>();
+    job.rates = uneven ? job.theta + program.params : nullptr;
     job.rates_stride = rows > 1 ? program.params : 0;
 
     const Tensor along = cotangent ? cotangent->contiguous() : Tensor();
@@ -421,10 +417,16 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
 }
 
 Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
+  const c10::DeviceGuard guard(rows.device());
   const int64_t tasks = rows.size(0), size = rows.numel() / tasks;
   const Tensor sums = at::empty({size}, rows.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
+    if (const auto gpu = Gpu::of(rows.device())) {
+      return gpu->functions<Real>().weighted_sum({rows.const_data_ptr<Real>(), weights.const_data_ptr<Real>(),
+                                                  tasks, size, sums.mutable_data_ptr<Real>()},
+                                                 gpu->stream());
+    }
     constexpr int64_t kChunk = 1024;
     const int64_t chunks = (size + kChunk - 1) / kChunk;
     const Real *const each = rows.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
@@ -439,7 +441,8 @@ Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
   return sums;
 }
 
-Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
+Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
+  const c10::DeviceGuard guard(gradient.device());
   const Program& program = plan_.program();
   const int64_t rows = gradient.dim() == 3 ? gradient.size(1) : 1;
   const Tensor sums = gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights);
@@ -449,6 +452,10 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
     using Real = decltype(real);
     const Real* from = sums.const_data_ptr<Real>();
     Real* user = flat.mutable_data_ptr<Real>();
+    if (const auto gpu = Gpu::of(flat.device())) {
+      const Program& there = program_on(flat.device());
+      return gpu->functions<Real>().to_user(there, rows, from, user, gpu->stream());
+    }
     for (int64_t row = 0; row < rows; ++row, user += program.adapting, from += program.params)
       functions<Real>().to_user(program, from, user);
   });
@@ -456,6 +463,10 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) const {
 }
 
 void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
+  if (!weights.is_cpu()) {
+    outcome.loss = at::dot(weights, outcome.losses);
+    return;
+  }
   outcome.loss = at::empty({}, outcome.losses.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);

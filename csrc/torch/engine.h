@@ -2,12 +2,13 @@
 // dtype.
 //
 // From the public function to the loop: metafast/learners -> metafast/engine/native.py -> here ->
-// cpu/unroll.h.
+// cpu/unroll.h, or for tensors on a GPU cuda/engine.cu -> engine/unroll.h over all tasks at once.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -103,14 +104,28 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Workspaces acquire(const WorkspaceLayout& layout, int threads);
   void release(Workspaces&& workspaces);
 
-  void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) const;
-  int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks) const;  // N
+  // The program as kernels of a device want it, whose `source` is there; on the CPU for the emulator's.
+  struct Placed {
+    at::Tensor source;  // (params,)
+    Program program;
+  };
+  Placed& placed(at::Device device);  // under the mutex
+  at::Tensor source_on(at::Device device);
+  const Program& program_on(at::Device device);
+
+  // In engine_checks.cpp: all raise, unless the tensors are right and on the device.
+  void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::Device device) const;
+  int64_t check_x(const char* name, const at::Tensor& x, int64_t tasks, at::Device device) const;  // N
   // Labels are below `classes`, or below the network's outputs where that is 0.
-  void check_side(const char* name, const Side& side, int64_t tasks, int64_t classes = 0) const;
-  void check_inner(const Inner& inner, int64_t shots) const;
-  void check_moves(const at::Tensor& moves) const;
+  void check_side(const char* name, const Side& side, int64_t tasks, at::Device device,
+                  int64_t classes = 0) const;
+  void check_inner(const Inner& inner, int64_t shots, at::Device device) const;
+  void check_moves(const at::Tensor& moves, at::Device device) const;
   // (params,): which of `moves` each parameter is, -1: none.
-  std::vector<int64_t> places(const at::Tensor& moves) const;
+  at::Tensor places(const at::Tensor& moves);
+  // (1 + rows, params) in the engine's order: theta, then so many rows of rates, `rate` where those are none.
+  at::Tensor ordered(const at::Tensor& theta, const at::Tensor& constants, const at::Tensor& rates,
+                     double rate, int64_t rows);
 
   // (T, params) gradients of the tasks' losses, or of <cotangent, logits>, and (T, rows of rates, params)
   // those with respect to the rates, in the engine's order. With a gradient come those of the LSTM's weights.
@@ -129,15 +144,16 @@ class Engine : public std::enable_shared_from_this<Engine> {
   at::Tensor sum_tasks(const at::Tensor& rows, const at::Tensor& weights) const;
   // sum_t weights_t gradient_t of (T, params) or (T, rows, params), or what was summed before, (params,), in
   // the user's order: (P,) or (rows, P).
-  at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights) const;
+  at::Tensor reduce(const at::Tensor& gradient, const at::Tensor& weights);
   at::Tensor single(What what, const at::Tensor& phi, const at::Tensor& constants, const Side& side,
                     const at::Tensor* vector);
-  at::Tensor flatten(const std::vector<at::Tensor>& params) const;
+  at::Tensor flatten(const std::vector<at::Tensor>& params, at::Device device) const;
   void set_loss(MetaOutcome& outcome, const at::Tensor& weights) const;
 
-  Plan plan_;
+  Plan plan_, gpu_plan_;
   at::ScalarType dtype_;
   std::mutex mutex_;
+  std::list<Placed> placed_;
   std::vector<Workspaces> free_;  // the latest last
 };
 

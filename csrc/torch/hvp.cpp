@@ -2,7 +2,7 @@
 // numbers that describe it, and is built once.
 //
 // From the public function to the loop: metafast/ops/hvp.py (checks, schema, fake kernel, derivative) -> here
-// -> engine.cpp -> cpu/unroll.h.
+// -> engine.cpp -> cpu/unroll.h or cuda/engine.cu.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -50,5 +50,9 @@ Tensor hvp(const Tensor& params, const Tensor& vector, const Tensor& constants, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(metafast, CPU, m) { m.impl("hvp", hvp); }
+
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(metafast, CUDA, m) { m.impl("hvp", hvp); }
+#endif
 
 }  // namespace metafast

@@ -3,6 +3,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -21,6 +22,7 @@ namespace {
 Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
                        const at::TensorOptions& options) {
   if (weights) return weights->detach().contiguous();
+  if (!options.device().is_cpu()) return at::full({tasks}, 1.0 / double(tasks), options);
   const Tensor mean = at::empty({tasks}, options);
   with_real(mean.scalar_type(), [&](auto real) {
     std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
@@ -67,6 +69,14 @@ void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? at::add(sum
 
 // Copies of `flat`'s parts, shaped as the tensors are, one after the other.
 void cut(const Tensor& flat, const std::vector<Tensor>& like, variable_list& parts) {
+  if (!flat.is_cpu()) {
+    int64_t at = 0;
+    for (const Tensor& t : like) {
+      parts.push_back(flat.narrow(0, at, t.numel()).view(t.sizes()).clone());
+      at += t.numel();
+    }
+    return;
+  }
   const char* from = static_cast<const char*>(flat.const_data_ptr());
   for (const Tensor& t : like) {
     parts.push_back(at::empty(t.sizes(), flat.options()));
@@ -123,8 +133,9 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       Inner inner = kept.inner;
       if (inner.rates) inner.rates = saved[4];
       inner.lstm = of_rule;
-      return kept.engine->unroll(kept.engine->flatten(params), constants, {saved[6], saved[7]},
-                                 {saved[8], saved[9]}, inner, cotangent, true, of_rates);
+      return kept.engine->unroll(kept.engine->flatten(params, gradient.device()), constants,
+                                 {saved[6], saved[7]}, {saved[8], saved[9]}, inner, cotangent, true,
+                                 of_rates);
     };
     if (d_loss.defined() || d_losses.defined()) {
       Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
@@ -175,9 +186,10 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
   Tensor w;
   {
     const at::NoGradGuard no_grad;
-    check_side("support", support, support.x.size(0), inner.ways);
-    check_side("query", query, support.x.size(0), inner.ways);
-    const Tensor theta = flatten(params);
+    const at::Device device = support.x.device();
+    check_side("support", support, support.x.size(0), device, inner.ways);
+    check_side("query", query, support.x.size(0), device, inner.ways);
+    const Tensor theta = flatten(params, device);
     w = weights_or_mean(weights, support.x.size(0), theta.options());
     run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates, w);
     set_loss(run.outcome, w);
@@ -224,6 +236,17 @@ void add_to_grad(const Tensor& p, const Real* part) {
 
 // .grad += the parts of `flat`, of those tensors that require one.
 void add_all(const Tensor& flat, const std::vector<Tensor>& leaves) {
+  if (!flat.is_cpu()) {
+    int64_t at = 0;
+    for (const Tensor& leaf : leaves) {
+      const Tensor part = flat.narrow(0, at, leaf.numel()).view(leaf.sizes());
+      at += leaf.numel();
+      if (!leaf.requires_grad()) continue;
+      Tensor& grad = leaf.mutable_grad();
+      grad.defined() ? void(grad.add_(part)) : void(grad = part.clone());
+    }
+    return;
+  }
   with_real(flat.scalar_type(), [&](auto real) {
     const auto* part = flat.const_data_ptr<decltype(real)>();
     for (const Tensor& leaf : leaves) {
@@ -239,9 +262,10 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
                                const Side& support, const Side& query, const Inner& inner,
                                const std::optional<Tensor>& weights) {
   const at::NoGradGuard no_grad;
-  check_side("support", support, support.x.size(0), inner.ways);
-  check_side("query", query, support.x.size(0), inner.ways);
-  const Tensor theta = flatten(params);
+  const at::Device device = support.x.device();
+  check_side("support", support, support.x.size(0), device, inner.ways);
+  check_side("query", query, support.x.size(0), device, inner.ways);
+  const Tensor theta = flatten(params, device);
   const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
   Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false, w);
   set_loss(run.outcome, w);

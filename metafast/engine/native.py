@@ -1,6 +1,7 @@
-"""The `cpu` engine: the inner loop over all tasks by the extension's kernels, for any update rule.
+"""The native engine: the inner loop over all tasks by the extension's kernels, for any update rule.
 
-From the public function to the loop: metafast/learners -> here -> csrc/torch/engine.cpp -> csrc/cpu/unroll.h.
+From the public function to the loop: metafast/learners -> here -> csrc/torch/engine.cpp -> csrc/cpu/unroll.h or
+csrc/cuda/engine.cu, and in both csrc/engine/unroll.h.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Lowered networks, as the extension's kernels run them.
 
-From the public function to the loop: metafast/learners -> here -> csrc/torch/engine.cpp -> csrc/cpu/unroll.h.
+From the public function to the loop: metafast/learners -> here -> csrc/torch/engine.cpp -> csrc/cpu/unroll.h or
+csrc/cuda/engine.cu, and in both csrc/engine/unroll.h.
 """
 
 from __future__ import annotations
@@ -160,14 +161,14 @@ class Networks:
 
     def known(self, signature: Hashable) -> NativeNetwork | None:
         """The network for episodes of a signature that is known to fit it, in a few microseconds."""
-        network = self._fitting.get(signature)
-        if network is None or not network.holds() or current_backend() not in ("auto", "cpu"):
+        network = self._fitting.get((signature, current_backend()))
+        if network is None or not network.holds():
             return None
-        return None if torch.is_autocast_enabled("cpu") else network
+        return None if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else network
 
     def remember(self, signature: Hashable, network: NativeNetwork) -> None:
-        """Episodes of a signature fit a network."""
-        self._fitting[signature] = network
+        """Episodes of a signature fit a network, by the backend in force."""
+        self._fitting[signature, current_backend()] = network
 
     def __call__(self, x: Tensor) -> NativeNetwork | None:
         """The network for inputs x (T, N, ...); None where torch runs them.
@@ -192,7 +193,8 @@ class Networks:
 
     def warn(self, x: Tensor) -> None:
         """Say once, for each model, that torch runs what the extension could not take; quiet without an extension."""
-        if self._warned or current_backend() == "torch" or not _native.status().available or not x.is_cpu:
+        backend = current_backend()
+        if self._warned or backend == "torch" or _native.missing(x.device.type if backend == "auto" else backend):
             return
         self._warned = True
         warnings.warn(
@@ -205,13 +207,17 @@ class Networks:
         status = _native.status()
         if not status.available:
             return f"there is no extension: {status.reason}"
-        if current_backend() == "simt":
-            return "there is no simt engine yet"
-        if not x.is_cpu:
+        device, backend = x.device.type, current_backend()
+        if device not in ("cpu", "cuda"):
             return f"there are no kernels for networks on {x.device}"
+        wanted = backend if backend in ("cpu", "simt", "cuda") else device
+        if reason := _native.missing(wanted):
+            return f"there are no kernels for networks on {x.device}: {reason}"
+        if device != ("cpu" if wanted == "simt" else wanted):
+            return f"the inputs are on {x.device}"
         if x.dtype not in _DTYPES:
             return f"the kernels take float32 and float64, got {_check.describe(x)}"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device):
             return "autocast is on, which only torch does"
         return None
 

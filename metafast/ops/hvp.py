@@ -156,7 +156,7 @@ def _by_kernels(
         if any(p.requires_grad for p in params)
         else None
     )
-    if not _native.runs("params", *params, *vector, x, kernels=("cpu",), obstacle=obstacle):
+    if not _native.runs("params", *params, *vector, x, kernels=("cpu", "simt", "cuda"), obstacle=obstacle):
         return None
     network = task.native(x)
     if network is None:

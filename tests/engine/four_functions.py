@@ -10,24 +10,30 @@ from torch.func import functional_call
 
 import metafast as mf
 from metafast.engine.lowering import Lowered
+from tests.backends import in_every_order
 
 NAMES = ("outputs", "pullback", "gradient", "hvp")
 
 
-def native(model: nn.Module, e: mf.Episodes, loss: str, seed: int = 0) -> tuple[dict[str, Tensor], Lowered]:
-    """The four by the kernels, at parameters and along directions drawn by a seed, and what was lowered."""
+def native(
+    model: nn.Module, e: mf.Episodes, loss: str, seed: int = 0, backend: str = "cpu"
+) -> tuple[dict[str, Tensor], Lowered]:
+    """The four by a backend's kernels, at parameters and along directions drawn by a seed, and what was lowered."""
     learner = mf.MAML(model, loss=loss)
-    with mf.use_backend("cpu"):
+    with mf.use_backend(backend):
         engine = learner._engines(e.support_x, e.support_y)
         phi, vector, cotangent = _drawn(learner, e, seed)
         x, y = e.support_x, e.support_y
-        results = (
-            engine.outputs(phi, x),
-            engine.pullback(phi, x, cotangent),
-            engine.support_grad(phi, x, y),
-            engine.hvp(phi, x, y, vector),
-        )
-    return dict(zip(NAMES, results)), engine.network.lowered
+
+        def results() -> list[Tensor]:
+            return [
+                engine.outputs(phi, x),
+                engine.pullback(phi, x, cotangent),
+                engine.support_grad(phi, x, y),
+                engine.hvp(phi, x, y, vector),
+            ]
+
+        return dict(zip(NAMES, in_every_order(backend, results))), engine.network.lowered
 
 
 def plain(model: nn.Module, e: mf.Episodes, loss: str, seed: int = 0) -> dict[str, Tensor]:

@@ -5,18 +5,26 @@
 namespace metafast::METAFAST_GPU {
 namespace {
 
+// The inputs have the same shape, but each has its own border.
 template <class Real>
 void sum(const char* name, const Call<Real>& c, Batch<const Real> x, Batch<const Real> x1, Batch<Real> y,
          CUstream_st* stream) {
-  launch_elements(name, add_sum_kernel<Real>, Elements(c.in, c.out, c.tasks, c.samples), stream, x, x1, y);
+  launch_elements(name, add_one_kernel<Real>, Elements(c.in, c.out, c.tasks, c.samples), stream, x, false, y);
+  if (x1.null()) return;
+  launch_elements(name, add_one_kernel<Real>, Elements(c.in1, c.out, c.tasks, c.samples), stream, x1, true,
+                  y);
 }
 
 template <class Real>
 void spread(const char* name, const Call<Real>& c, Batch<const Real> dy, Batch<Real> dx, Batch<Real> dx1,
             CUstream_st* stream) {
-  if (dx.null() && dx1.null()) return;
-  launch_elements(name, add_spread_kernel<Real>, Elements(c.in, c.out, c.tasks, c.samples), stream, dy, dx,
-                  dx1);
+  const auto to = [&](const Value& in, Batch<Real> d) {
+    if (d.null()) return;
+    launch_elements(name, add_one_kernel<Real>, Elements(c.out, in, c.tasks, c.samples), stream, dy, false,
+                    d);
+  };
+  to(c.in, dx);
+  to(c.in1, dx1);
 }
 
 template <class Real>

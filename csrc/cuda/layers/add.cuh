@@ -10,24 +10,13 @@
 
 namespace metafast::METAFAST_GPU {
 
-// y = x + x1, of which what is null is zero.
+// y = x, or added to what is there; x is zero where it is null.
 template <class Real>
-__global__ void add_sum_kernel(const Elements e, const Batch<const Real> x, const Batch<const Real> x1,
+__global__ void add_one_kernel(const Elements e, const Batch<const Real> x, const bool add,
                                const Batch<Real> y) {
   e.each([&](int64_t t, int64_t from, int64_t to) {
-    const Real first = x.null() ? Real(0) : x.of(t)[from];
-    y.of(t)[to] = x1.null() ? first : first + x1.of(t)[from];
-  });
-}
-
-// dx = dx1 = dy, each unless it is null.
-template <class Real>
-__global__ void add_spread_kernel(const Elements e, const Batch<const Real> dy, const Batch<Real> dx,
-                                  const Batch<Real> dx1) {
-  e.each([&](int64_t t, int64_t from, int64_t to) {
-    const Real d = dy.of(t)[to];
-    if (!dx.null()) dx.of(t)[from] = d;
-    if (!dx1.null()) dx1.of(t)[from] = d;
+    const Real one = x.null() ? Real(0) : x.of(t)[from];
+    y.of(t)[to] = add ? y.of(t)[to] + one : one;
   });
 }
 

@@ -47,7 +47,8 @@ struct Call {
   using Out = Batch<Real>;
 
   Layer layer;             // its `reads` is the host's memory: not for kernels
-  Value in;                // of x, tx, dx, tdx, and of x1, tx1, dx1, tdx1
+  Value in;                // of x, tx, dx, tdx
+  Value in1;               // of x1, tx1, dx1, tdx1, in add alone
   Value out;               // of y, ty, dy, tdy
   int64_t tasks, samples;  // T, N
   In w, tw;
