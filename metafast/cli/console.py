@@ -50,16 +50,25 @@ class ProgressLine:
         done: how many are behind us already.
         unit: what one is called in the rate: "tasks" gives "tasks/s".
         lines: whether to print lines where there is no terminal.
+        silent: whether to print nothing at all.
 
     Example:
         >>> with ProgressLine("counting", total=2, lines=False) as progress:
         ...     progress.advance(2, lambda: "loss 0.1")
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "steps", lines: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        done: int = 0,
+        unit: str = "steps",
+        lines: bool = True,
+        silent: bool = False,
+    ) -> None:
         self._name, self._total, self._start, self._done, self._unit = name, total, done, done, unit
         console = Console()
-        self._terminal, self._lines = console.is_terminal, lines
+        self._terminal, self._lines = console.is_terminal and not silent, lines and not silent
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -68,7 +77,7 @@ class ProgressLine:
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self._terminal,
         )
         self._task = self._bar.add_task(name, total=total, completed=done, status="")
         self._began = self._shown = time.perf_counter()

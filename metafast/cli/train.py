@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +15,11 @@ from metafast.cli import checkpoint as checkpoints
 from metafast.cli import metrics, plots
 from metafast.cli.checkpoint import Checkpoint, Schedule
 from metafast.cli.common import DataRoot, Device, Threads, check_count, draw_test, test, use_device
-from metafast.cli.console import INTERRUPTED, ProgressLine, bad_input, say, say_error
+from metafast.cli.console import INTERRUPTED, ProgressLine, say, say_error
 from metafast.cli.defaults import Data, Learner, defaults
 from metafast.cli.evaluation import TASKS, recipe_to_test
 from metafast.cli.interrupt import Interrupt
+from metafast.cli.processes import Lost, Processes, device_of, started
 from metafast.cli.recipe import Recipe, Tasks, option
 from metafast.cli.trainer import Diverged, Trainer
 
@@ -59,7 +61,7 @@ def train(
 
     What is left out is chosen for the learner and the data. The run's folder gets checkpoint.pt, metrics.jsonl,
     result.json, curves.png and a picture of unseen tasks. Ctrl-C writes a checkpoint; --resume goes on from it, to the
-    same bits as if there had been no break.
+    same bits as if there had been no break. Under torchrun the processes share each meta-batch.
     """
     given = {
         "ways": ways,
@@ -78,28 +80,41 @@ def train(
     }
     cadence = {"iterations": iterations, "log_every": log_every, "checkpoint_every": checkpoint_every}
     folder = out or Path("runs", f"{learner}-{data}")
-    with bad_input():
-        where = use_device(device, threads)
-        check_count(option("eval_tasks"), eval_tasks)
-        before = _look(folder, resume, overwrite)
-        recipe = Recipe.of(learner, data, given) if before is None else _same(folder, before, learner, data, given)
-        schedule = _schedule(recipe, before, cadence)
-        training = Tasks(recipe, test=False, root=data_root, device=where)
-        unseen = Tasks(recipe_to_test(recipe), test=True, root=data_root, device=where)
-        trainer, lines = _open(folder, before, recipe, training, where)
-    parameters = sum(p.numel() for p in trainer.learner.parameters())
-    say(f"{recipe.title}: {parameters:,} parameters, {recipe.tasks} tasks a meta-step, on {where}; writes to {folder}/")
-    if before is not None:
-        say(f"goes on after meta-step {trainer.iteration}")
-    try:
-        signal = _train(trainer, schedule, folder, lines)
-    except Diverged as error:
-        say_error(str(error))
-        raise typer.Exit(1) from error
+    with started() as processes:
+        with processes.setting_up():
+            where = use_device(device_of(device, processes), threads)
+            check_count(option("eval_tasks"), eval_tasks)
+            before = _look(folder, resume, overwrite, processes)
+            recipe = Recipe.of(learner, data, given) if before is None else _same(folder, before, learner, data, given)
+            schedule = _schedule(recipe, before, cadence)
+            training = Tasks(recipe, test=False, root=data_root, device=where)
+            unseen = Tasks(recipe_to_test(recipe), test=True, root=data_root, device=where)
+            trainer = _trainer(folder, before, recipe, training, where, processes)
+        with processes.setting_up():
+            _check_same(trainer, schedule, processes)
+            lines = _open(folder, before) if processes.first else []
+        if processes.first:
+            parameters = sum(p.numel() for p in trainer.learner.parameters())
+            shared = "" if processes.world == 1 else f" in {processes.world} processes"
+            what = f"{recipe.title}: {parameters:,} parameters, {recipe.tasks} tasks a meta-step"
+            say(f"{what}{shared}, on {where}; writes to {folder}/")
+            if before is not None:
+                say(f"goes on after meta-step {trainer.iteration}")
+        try:
+            signal = _train(trainer, schedule, folder, lines, processes)
+        except (Diverged, Lost) as error:
+            # All diverge alike; a process that is lost, each misses by itself.
+            if processes.first or isinstance(error, Lost):
+                say_error(str(error))
+            raise typer.Exit(1) from error
     if signal is not None:
-        say(f"stopped after meta-step {trainer.iteration} of {schedule.iterations}; to go on:")
-        say(f"  metafast train {learner} --data {data} --out {shlex.quote(str(folder))} --resume")
+        if processes.first:
+            command = "metafast" if processes.world == 1 else "torchrun ... -m metafast"
+            say(f"stopped after meta-step {trainer.iteration} of {schedule.iterations}; to go on:")
+            say(f"  {command} train {learner} --data {data} --out {shlex.quote(str(folder))} --resume")
         raise typer.Exit(128 + signal)
+    if not processes.first:
+        return
     say(f"trained {trainer.iteration} meta-steps in {trainer.seconds:.1f} s")
     try:
         result = test(trainer.learner, unseen, eval_tasks)
@@ -112,12 +127,14 @@ def train(
     say(f"wrote {checkpoints.NAME}, {metrics.NAME}, {RESULT}, {CURVES} and {picture} to {folder}/")
 
 
-def _look(folder: Path, resume: bool, overwrite: bool) -> Checkpoint | None:
+def _look(folder: Path, resume: bool, overwrite: bool, processes: Processes) -> Checkpoint | None:
     """The checkpoint to resume; None for a fresh start. Refuses to write over a run unasked."""
     if resume and overwrite:
         raise ValueError("--overwrite: expected either --resume or --overwrite, got both")
     if resume:
         return checkpoints.load(folder / checkpoints.NAME)
+    if not processes.first:
+        return None
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out: expected a folder, {str(folder)!r} is a file")
     present = [name for name in _WRITTEN if (folder / name).exists()]
@@ -158,45 +175,75 @@ def _schedule(recipe: Recipe, before: Checkpoint | None, given: dict[str, int | 
     return schedule
 
 
-def _open(
-    folder: Path, before: Checkpoint | None, recipe: Recipe, tasks: Tasks, device: torch.device
-) -> tuple[Trainer, list[metrics.Line]]:
-    """The trainer and the metrics so far. The folder is touched last: what fails before has changed nothing."""
+def _trainer(
+    folder: Path,
+    before: Checkpoint | None,
+    recipe: Recipe,
+    tasks: Tasks,
+    device: torch.device,
+    processes: Processes,
+) -> Trainer:
     if before is None:
-        trainer, lines = Trainer(recipe, tasks, device), []
+        return Trainer(recipe, tasks, device, processes)
+    return Trainer.resumed(folder / checkpoints.NAME, before, tasks, device, processes)
+
+
+def _check_same(trainer: Trainer, schedule: Schedule, processes: Processes) -> None:
+    """Refuse processes that would each train something else."""
+    if processes.world == 1:
+        return
+    codes = processes.gather(zlib.crc32(repr(schedule).encode(), trainer.fingerprint()))
+    if codes[processes.rank] != codes[0]:
+        raise ValueError(
+            "starts otherwise than process 0: expected the same options, data, versions and, with --resume, checkpoint"
+        )
+
+
+def _open(folder: Path, before: Checkpoint | None) -> list[metrics.Line]:
+    """The metrics so far. The folder is touched last: what fails before has changed nothing."""
+    if before is None:
+        lines = []
         folder.mkdir(parents=True, exist_ok=True)
         stale = set(_WRITTEN)
     else:
-        trainer = Trainer.resumed(folder / checkpoints.NAME, before, tasks, device)
         # What was written after the checkpoint comes again.
         lines = metrics.read(folder / metrics.NAME, until=before.iteration)
         stale = set(_WRITTEN) - {checkpoints.NAME, metrics.NAME}
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     metrics.write(folder / metrics.NAME, lines)
-    return trainer, lines
+    return lines
 
 
-def _train(trainer: Trainer, schedule: Schedule, folder: Path, lines: list[metrics.Line]) -> int | None:
+def _train(
+    trainer: Trainer, schedule: Schedule, folder: Path, lines: list[metrics.Line], processes: Processes
+) -> int | None:
     """Train to the end of the schedule, or to a signal, whose number is returned; the last state is saved."""
-    path = folder / checkpoints.NAME
-    bar = ProgressLine("training", schedule.iterations, trainer.iteration)
+    bar = ProgressLine("training", schedule.iterations, trainer.iteration, silent=not processes.first)
     status = ""
 
     def log() -> None:
         nonlocal status
         line = trainer.line()
-        lines.append(line)
-        metrics.append(folder / metrics.NAME, line)
+        if processes.first:
+            lines.append(line)
+            metrics.append(folder / metrics.NAME, line)
         status = f"loss {line['loss']:.4f}" + (f"  accuracy {line['accuracy']:.3f}" if "accuracy" in line else "")
 
+    def save() -> None:
+        checkpoint = trainer.checkpoint(schedule)
+        if processes.first:
+            checkpoints.save(folder / checkpoints.NAME, checkpoint)
+
     with Interrupt() as interrupt, bar:
-        while trainer.iteration < schedule.iterations and interrupt.signal is None:
+        signal = processes.heard(interrupt.signal)
+        while trainer.iteration < schedule.iterations and signal is None:
             trainer.step()
             if trainer.iteration % schedule.log_every == 0 or trainer.iteration == schedule.iterations:
                 log()
             if trainer.iteration % schedule.checkpoint_every == 0:
-                checkpoints.save(path, trainer.checkpoint(schedule))
+                save()
             bar.advance(1, lambda: status)
-        checkpoints.save(path, trainer.checkpoint(schedule))
-    return interrupt.signal
+            signal = processes.heard(interrupt.signal)
+        save()
+    return processes.heard(interrupt.signal) if signal is None else signal

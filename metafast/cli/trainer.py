@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metafast.cli.checkpoint import Checkpoint, Schedule, restore, restore_optimizer
 from metafast.cli.metrics import Line
+from metafast.cli.processes import Processes
 from metafast.cli.recipe import AnyLearner, Recipe, Tasks, build_learner, build_optimizer
+from metafast.episodes import Episodes
 
 
 class Diverged(RuntimeError):
@@ -24,13 +28,24 @@ class Trainer:
         recipe: what is trained on what.
         tasks: the training tasks, made on the device to train on.
         device: that device.
+        processes: those that share the work, this one alone when None; all make the same trainer.
+
+    Raises:
+        ValueError: more processes than tasks of a meta-batch.
     """
 
-    def __init__(self, recipe: Recipe, tasks: Tasks, device: torch.device) -> None:
-        self._start(recipe, tasks, device, build_learner(recipe))
+    def __init__(self, recipe: Recipe, tasks: Tasks, device: torch.device, processes: Processes | None = None) -> None:
+        self._start(recipe, tasks, device, build_learner(recipe), processes)
 
     @classmethod
-    def resumed(cls, path: Path, checkpoint: Checkpoint, tasks: Tasks, device: torch.device) -> Trainer:
+    def resumed(
+        cls,
+        path: Path,
+        checkpoint: Checkpoint,
+        tasks: Tasks,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> Trainer:
         """The trainer that a checkpoint, read from ``path``, left off.
 
         Raises:
@@ -42,7 +57,7 @@ class Trainer:
                 "cannot go on with"
             )
         trainer = cls.__new__(cls)
-        trainer._start(checkpoint.recipe, tasks, device, restore(path, checkpoint))
+        trainer._start(checkpoint.recipe, tasks, device, restore(path, checkpoint), processes)
         restore_optimizer(path, checkpoint, trainer.optimizer)
         try:
             trainer._generator.set_state(checkpoint.generator)
@@ -54,7 +69,11 @@ class Trainer:
         trainer._accuracy.fill_(checkpoint.window["accuracy"])
         return trainer
 
-    def _start(self, recipe: Recipe, tasks: Tasks, device: torch.device, learner: AnyLearner) -> None:
+    def _start(
+        self, recipe: Recipe, tasks: Tasks, device: torch.device, learner: AnyLearner, processes: Processes | None
+    ) -> None:
+        self._processes = Processes() if processes is None else processes
+        self._share = self._processes.share(recipe.tasks)
         self.recipe, self.device, self.learner = recipe, device, learner.to(device)
         self.optimizer = build_optimizer(recipe, self.learner)
         self._tasks, self._generator = tasks, tasks.generator()
@@ -73,13 +92,34 @@ class Trainer:
         """One meta-step: sample tasks, accumulate the meta-gradient, let Adam take a step."""
         episodes = self._tasks.sample(self.recipe.tasks, self._generator)
         self.optimizer.zero_grad()
-        outcome = self.learner.accumulate_grad(episodes)
+        loss, accuracy = self._accumulate(episodes)
         self.optimizer.step()
-        self._loss += outcome.loss
-        if outcome.accuracy is not None:
-            self._accuracy += outcome.accuracy.mean()
+        self._loss += loss
+        if accuracy is not None:
+            self._accuracy += accuracy
         self._count += 1
         self.iteration += 1
+
+    def _accumulate(self, episodes: Episodes) -> tuple[Tensor, Tensor | None]:
+        """Mean loss and accuracy of the tasks; their mean gradient goes to ``.grad``."""
+        if self._processes.world == 1:
+            outcome = self.learner.accumulate_grad(episodes)
+            return outcome.loss, None if outcome.accuracy is None else outcome.accuracy.mean()
+        mine = episodes[self._share]
+        weights = mine.support_x.new_full((mine.tasks,), 1 / episodes.tasks)
+        outcome = self.learner.accumulate_grad(mine, weights)
+        summed = [outcome.loss, *([] if outcome.accuracy is None else [(weights * outcome.accuracy).sum()])]
+        self._processes.add_up([*summed, *(p.grad for p in self.learner.parameters() if p.grad is not None)])
+        return summed[0], summed[1] if len(summed) > 1 else None
+
+    def fingerprint(self) -> int:
+        """A number that differs between processes with other options, weights, checkpoints or data."""
+        task = self._tasks.sample(1, self._tasks.generator())
+        tensors = [*self.learner.state_dict().values(), task.support_x, task.query_x, self._generator.get_state()]
+        code = zlib.crc32(repr((self.recipe, self.iteration)).encode())
+        for tensor in tensors:
+            code = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), code)
+        return code
 
     def means(self) -> Line:
         """Loss, and accuracy for classification, over the steps since the last :meth:`line`."""
