@@ -176,6 +176,10 @@ class Outcome:
         return Outcome(self.loss.detach(), self.losses.detach(), self.logits.detach(), self.accuracy)
 
 
+# What wraps modules has to find the tensors: without it DistributedDataParallel's static_graph adds up no gradients.
+torch.export.register_dataclass(Outcome, serialized_type_name="metafast.Outcome")
+
+
 def check_weights(weights: Tensor | None, episodes: Episodes, dtype: torch.dtype) -> None:
     """Refuse task weights that do not fit the episodes."""
     if weights is None:

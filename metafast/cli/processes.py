@@ -116,8 +116,7 @@ class Processes:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise Lost(
-                f"process {self.rank} of {self.world}: another one failed, or was silent for "
-                f"{TIMEOUT.total_seconds():.0f} s: {reason}"
+                f"process {self.rank} of {self.world}: another one failed, or was silent for too long: {reason}"
             ) from error
 
 
