@@ -92,6 +92,7 @@ def train(
             trainer = _trainer(folder, before, recipe, training, where, processes)
         with processes.setting_up():
             _check_same(trainer, schedule, processes)
+        with processes.setting_up():
             lines = _open(folder, before) if processes.first else []
         if processes.first:
             parameters = sum(p.numel() for p in trainer.learner.parameters())
