@@ -6,6 +6,7 @@
 # make bench  every workload, into benchmarks/results
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
+# make wheel  a wheel for this machine's kind, torch and Python, in dist/; `make wheel-test` installs it elsewhere
 # make docs   the documentation into build/docs, without a network; any warning is an error
 # make format let the formatters write
 # Each is complete from a fresh clone: it makes the environment in .venv and builds the extension first.
@@ -18,7 +19,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format demo bench peers clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format demo bench peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -101,6 +102,26 @@ bench: build
 
 peers:
 	bash benchmarks/install_peers.sh
+
+# Without the emulator. What an earlier build left in build/lib would get in.
+wheel: build
+	rm -rf dist build/lib* build/bdist*
+	METAFAST_SIMT=0 $(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > build/sdist.log
+	METAFAST_SIMT=0 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The wheel in an empty environment and an empty folder, far from the sources: alone, then with the command line.
+WHEEL_TEST := build/wheel-test
+WHEEL_PYTHON := $(abspath $(WHEEL_TEST))/bin/python
+wheel-test: wheel
+	rm -rf $(WHEEL_TEST)
+	$(PYTHON) -m venv $(WHEEL_TEST)
+	$(WHEEL_PYTHON) -m pip --disable-pip-version-check --quiet install -c constraints.txt dist/*.whl
+	mkdir $(WHEEL_TEST)/empty
+	cp tests/wheel_smoke.py $(WHEEL_TEST)/empty
+	cd $(WHEEL_TEST)/empty && $(WHEEL_PYTHON) wheel_smoke.py $(abspath dist)
+	$(WHEEL_PYTHON) -m pip --disable-pip-version-check --quiet install -c constraints.txt "$$(ls dist/*.whl)[cli]"
+	cd $(WHEEL_TEST)/empty && ../bin/metafast info && ../bin/metafast check
+	rm -rf $(WHEEL_TEST)
 
 clean:
 	rm -rf build dist $(VENV) metafast/_C*.so metafast/_build_info.json

@@ -4,7 +4,8 @@ What is built is decided once, by :func:`decide`, and never silently: the decisi
 into the extension itself, and ``metafast info`` prints it.
 
 - The extension: on Linux with a C++ compiler, unless METAFAST_NO_EXTENSION=1.
-- The backend simt, the CUDA kernels on the emulator of csrc/simt, for tests: where METAFAST_SIMT=1.
+- The backend simt, the CUDA kernels on the emulator of csrc/simt, for tests: where METAFAST_SIMT=1. Builds with and without
+  it share what is compiled alike, so that a wheel after `make build` is quick.
 - Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH, else pip's
   nvidia-cuda-nvcc beside torch).
 
@@ -224,17 +225,25 @@ def sources(decision: Decision) -> list[Path]:
     return cpp + (sorted(CSRC.rglob("*.cu")) if decision.cuda else [])
 
 
+def hangs_on_simt(source: Path) -> bool:
+    """Whether a file is compiled otherwise in builds with simt; all that ask about it include csrc/torch/simt.h."""
+    return source.suffix == ".cpp" and '#include "simt.h"' in source.read_text()
+
+
 def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) -> None:
     """folder/build.ninja, which builds ``target``; ninja follows the headers, so a second build is incremental."""
     from ninja.ninja_syntax import Writer
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)
+    # What hangs on simt is built twice, side by side.
+    variant = folder / ("with-simt" if decision.simt else "without-simt")
+    variant.mkdir(exist_ok=True)
     header = (
         f'#pragma once\nnamespace metafast {{\nconstexpr const char* kBuildInfo = R"json({decision.json()})json";\n}}\n'
     )
-    if not (folder / "build_info.h").exists() or (folder / "build_info.h").read_text() != header:
-        (folder / "build_info.h").write_text(header)
+    if not (variant / "build_info.h").exists() or (variant / "build_info.h").read_text() != header:
+        (variant / "build_info.h").write_text(header)
 
     # As system folders, so that our warnings are not about others' headers.
     system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
@@ -244,9 +253,8 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
     if decision.sanitizers:
         instrument = [f"-fsanitize={','.join(decision.sanitizers)}", "-fno-sanitize-recover=all", "-g"]
         instrument += ["-fno-omit-frame-pointer"]
-    cxx = [*STANDARD, *ARITHMETIC, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument, f"-I{folder}"]
-    if decision.simt:
-        cxx.append("-DMETAFAST_WITH_SIMT")
+    cxx = [*STANDARD, *ARITHMETIC, "-fPIC", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *instrument]
+    varying = [f"-I{variant}", *["-DMETAFAST_WITH_SIMT"] * decision.simt]
     if tools.cuda_home is not None:
         cxx.append("-DMETAFAST_WITH_CUDA")
         system += cuda_headers(tools.cuda_home)
@@ -268,9 +276,11 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
             ninja.variable("nvccflags", shlex.join(nvcc_flags(decision.cuda_archs)))
         objects = []
         for source in sources(decision):
-            objects.append(str(folder / f"{source.relative_to(CSRC)}.o"))
+            varies = hangs_on_simt(source)
+            objects.append(str((variant if varies else folder) / f"{source.relative_to(CSRC)}.o"))
             isa = isa_of(source)
-            variables = {"flags": f"$flags {shlex.join(X86_ISAS[isa])}"} if isa else None
+            own = [*(varying if varies else ()), *(X86_ISAS[isa] if isa else ())]
+            variables = {"flags": f"$flags {shlex.join(own)}"} if own else None
             ninja.build(objects[-1], "nvcc" if source.suffix == ".cu" else "cxx", str(source), variables=variables)
         for source in sorted(CSRC.rglob("*.cu")) if decision.simt else ():
             objects.append(str(folder / f"{source.relative_to(CSRC)}.simt.o"))
@@ -288,11 +298,10 @@ class BuildNative(build_ext):
         parts = (
             f"cp{sys.version_info.major}{sys.version_info.minor}",
             DECISION.torch,
-            *["simt"] * DECISION.simt,
             *DECISION.sanitizers,
         )
         folder = ROOT / "build" / "-".join(("native", *parts))
-        target = folder / "_C.so"
+        target = folder / ("_C-simt.so" if DECISION.simt else "_C.so")
         write_ninja(DECISION, TOOLS, folder, target)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs, str(target)]

@@ -19,6 +19,7 @@ from metafast import _native
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 PACKAGES = Path(torch.__file__).parents[1]
+KERNELS = [file for file in sorted(CSRC.rglob("*")) if file.is_file() and "torch" not in file.relative_to(CSRC).parts]
 
 
 def load_setup() -> ModuleType:
@@ -219,26 +220,40 @@ def test_flags_of_the_emulated_kernels(tmp_path: Path, names: list[str]) -> None
     kernels = {str(source) for source in CSRC.rglob("*.cu")}
     assert kernels and kernels <= set(compiled)
     for file, command in compiled.items():
-        assert "-DMETAFAST_WITH_SIMT" in command
+        assert ("-DMETAFAST_WITH_SIMT" in command) == setup.hangs_on_simt(Path(file))
         assert (f"-I{CSRC}/simt" in command) == (file in kernels)
         assert ("-fsanitize=thread" in command) == (file in kernels and not names)
         assert ("-fsanitize=address" in command) == bool(names)
+
+
+def test_builds_with_and_without_simt_share_what_they_can(tmp_path: Path) -> None:
+    asks = {file for file in CSRC.rglob("*.cpp") if "METAFAST_WITH_SIMT" in file.read_text()}
+    assert asks and asks == {file for file in CSRC.rglob("*.cpp") if setup.hangs_on_simt(file)}
+    assert not [file for file in KERNELS if "METAFAST_WITH_SIMT" in file.read_text()]
+    found = []
+    for simt in (False, True):
+        decision = setup.Decision(extension=True, isas=["baseline", *setup.X86_ISAS], simt=simt)
+        setup.write_ninja(decision, setup.Tools(["c++"]), tmp_path, tmp_path / "_C.so")
+        found.append(commands(tmp_path))
+    plain, emulated = found
+    assert set(plain) == {str(source) for source in setup.sources(setup.Decision(isas=["baseline", *setup.X86_ISAS]))}
+    for file, command in plain.items():
+        output, other = (words[words.index("-o") + 1] for words in (command, emulated[file]))
+        assert "-DMETAFAST_WITH_SIMT" not in command
+        assert (command == emulated[file]) == (output == other) == (Path(file) not in asks)
 
 
 def test_the_extension_knows_what_it_was_built_with(tmp_path: Path) -> None:
     decision = setup.Decision(extension=True, reason='a "quoted" reason', torch="2.13.0")
     pytest.importorskip("ninja")
     setup.write_ninja(decision, setup.Tools(["c++"]), tmp_path, tmp_path / "_C.so")
-    header = tmp_path / "build_info.h"
+    header = tmp_path / "without-simt/build_info.h"
     text = re.search(r'R"json\((.*)\)json"', header.read_text(), re.S)
     assert text is not None and _native.BuildInfo.parse(text[1]) == _native.BuildInfo.parse(decision.json())
     # Left alone if nothing changed, so that nothing is compiled again.
     os.utime(header, (1, 1))
     setup.write_ninja(decision, setup.Tools(["c++"]), tmp_path, tmp_path / "_C.so")
     assert header.stat().st_mtime == 1
-
-
-KERNELS = [file for file in sorted(CSRC.rglob("*")) if file.is_file() and "torch" not in file.relative_to(CSRC).parts]
 
 
 def test_kernels_see_no_torch() -> None:
