@@ -64,14 +64,15 @@ inline const LayerFunctions<Real>& functions_of(Kind kind) {
   __builtin_unreachable();
 }
 
-// Share of samples whose largest output is their label's; the first of equals counts, as torch.argmax has it.
-// Rows of outputs lie `stride` apart.
+// Share of samples whose largest output is their label's; the first of equals counts, and NaN is above
+// all, as torch.argmax has it. Rows of outputs lie `stride` apart.
 template <class Real>
 Real accuracy_of(const Real* rows, int64_t samples, int64_t outputs, int64_t stride, const int64_t* labels) {
   int64_t right = 0;
   for (int64_t n = 0; n < samples; ++n, rows += stride) {
     int64_t best = 0;
-    for (int64_t c = 1; c < outputs; ++c) best = rows[c] > rows[best] ? c : best;
+    for (int64_t c = 1; c < outputs; ++c)
+      best = rows[best] == rows[best] && !(rows[c] <= rows[best]) ? c : best;
     right += best == labels[n];
   }
   return Real(right) / Real(samples);

@@ -404,13 +404,27 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
   return pass;
 }
 
-const WorkspaceLayout& Plan::layout(What what, bool wants_gradient, int64_t support, int64_t query,
-                                    int64_t steps, bool query_losses, int64_t rule) {
+int64_t Plan::layouts() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return int64_t(layouts_.size());
+}
+
+std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradient, int64_t support,
+                                                    int64_t query, int64_t steps, bool query_losses,
+                                                    int64_t rule) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule};
-  const auto found = layouts_.find(key);
-  if (found != layouts_.end()) return found->second.layout;
-  LayoutStore& store = layouts_[key];
+  const auto share = [](const std::shared_ptr<LayoutStore>& store) {
+    return std::shared_ptr<const WorkspaceLayout>(store, &store->layout);
+  };
+  const auto found =
+      std::find_if(layouts_.rbegin(), layouts_.rend(), [&](const auto& kept) { return kept.first == key; });
+  if (found != layouts_.rend()) {
+    std::rotate(found.base() - 1, found.base(), layouts_.end());
+    return share(layouts_.back().second);
+  }
+  const auto made = std::make_shared<LayoutStore>();
+  LayoutStore& store = *made;
   WorkspaceLayout& layout = store.layout;
   layout.size = 0;
   const bool tangents = what == What::hvp || (what == What::meta_step && wants_gradient);
@@ -429,7 +443,9 @@ const WorkspaceLayout& Plan::layout(What what, bool wants_gradient, int64_t supp
   layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
   layout.rule = layout.size;
   layout.size += rule;
-  return layout;
+  if (layouts_.size() == kMostLayouts) layouts_.erase(layouts_.begin());
+  layouts_.emplace_back(key, made);
+  return share(made);
 }
 
 }  // namespace metafast

@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
+#include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "job.h"
@@ -31,9 +32,14 @@ class Plan {
 
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
   // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
-  // give the same object, which lives as long as the network. Safe from several threads.
-  const WorkspaceLayout& layout(What what, bool wants_gradient, int64_t support, int64_t query, int64_t steps,
-                                bool query_losses = false, int64_t rule = 0);
+  // give the same object, while they are among the latest kMostLayouts; it lives as long as somebody holds
+  // it. Safe from several threads.
+  std::shared_ptr<const WorkspaceLayout> layout(What what, bool wants_gradient, int64_t support,
+                                                int64_t query, int64_t steps, bool query_losses = false,
+                                                int64_t rule = 0);
+  // How many are kept.
+  int64_t layouts();
+  static constexpr size_t kMostLayouts = 64;  // episodes of changing sizes must not add up for ever
 
  private:
   struct PassStore {
@@ -69,7 +75,7 @@ class Plan {
   int64_t scratch_per_call_ = 0;
   Program program_{};
   std::mutex mutex_;
-  std::map<Key, LayoutStore> layouts_;
+  std::vector<std::pair<Key, std::shared_ptr<LayoutStore>>> layouts_;  // the latest last
 };
 
 }  // namespace metafast

@@ -116,20 +116,20 @@ Engine::Placed& Engine::placed(at::Device device) {
   return one;
 }
 
-Engine::Workspaces Engine::acquire(const WorkspaceLayout& layout, int threads) {
+Engine::Workspaces Engine::acquire(const std::shared_ptr<const WorkspaceLayout>& layout, int threads) {
   Workspaces found;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = free_.size(); i-- > 0;) {
-      if (free_[i].layout != &layout) continue;
+      if (free_[i].layout != layout) continue;
       found = std::move(free_[i]);
       free_.erase(free_.begin() + std::ptrdiff_t(i));
       break;
     }
   }
-  found.layout = &layout;
+  found.layout = layout;
   while (int(found.threads.size()) < threads) {
-    found.threads.emplace_back(zeros(size_t(layout.size * plan_.element())), std::free);
+    found.threads.emplace_back(zeros(size_t(layout->size * plan_.element())), std::free);
   }
   return found;
 }
@@ -159,7 +159,8 @@ class Engine::Call {
     job.head = head;
     const int64_t rule = gpu_ ? 0 : functions<Real>().rule_workspace(job, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
-    job.layout = &plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
+    layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
+    job.layout = layout_.get();
   }
 
   void run() { gpu_ ? run_at_once() : run_by_tasks(); }
@@ -184,13 +185,13 @@ class Engine::Call {
     if (engine_.shares_tasks(job.tasks, samples, all)) {
       const cpu::Team team{all, cpu::run_parts};
       job.team = &team;
-      Workspaces workspace = engine_.acquire(*job.layout, 1);
+      Workspaces workspace = engine_.acquire(layout_, 1);
       for (int64_t t = 0; t < job.tasks; ++t)
         run_task(job, t, static_cast<Real*>(workspace.threads[0].get()));
       engine_.release(std::move(workspace));
       return;
     }
-    Workspaces workspaces = engine_.acquire(*job.layout, threads);
+    Workspaces workspaces = engine_.acquire(layout_, threads);
     auto task = [&](int64_t index, int worker) {
       run_task(job, index, static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
     };
@@ -201,6 +202,7 @@ class Engine::Call {
   Engine& engine_;
   std::optional<Gpu> gpu_;
   int64_t shared_ = 0;
+  std::shared_ptr<const WorkspaceLayout> layout_;
 };
 
 bool Engine::shares_tasks(int64_t tasks, int64_t samples, int threads) const {
@@ -479,8 +481,8 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
 }
 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
-  const WorkspaceLayout& layout = plan_.layout(What::meta_step, true, support, query, steps);
-  return {layout.size * plan_.element(), steps * plan_.program().params * plan_.element()};
+  const auto layout = plan_.layout(What::meta_step, true, support, query, steps);
+  return {layout->size * plan_.element(), steps * plan_.program().params * plan_.element()};
 }
 
 std::vector<int64_t> Engine::winograd_from() const {

@@ -83,6 +83,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Bytes of one thread's workspace for a meta-step, and of them the tape of inner steps' parameters.
   std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
 
+  // Layouts of workspaces that are kept, of the latest sizes of episodes.
+  int64_t layouts() { return plan_.layouts(); }
+
   // Whether so many tasks, of so many samples at a time, run one after the other, each on all threads: that
   // pays where tasks are fewer than threads and layers are large. It does not change the results.
   bool shares_tasks(int64_t tasks, int64_t samples, int threads) const;
@@ -98,10 +101,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // Workspaces of one layout, a thread each; they start as zeros and are used again.
   struct Workspaces {
-    const WorkspaceLayout* layout = nullptr;
+    std::shared_ptr<const WorkspaceLayout> layout;
     std::vector<std::unique_ptr<void, void (*)(void*)>> threads;
   };
-  Workspaces acquire(const WorkspaceLayout& layout, int threads);
+  Workspaces acquire(const std::shared_ptr<const WorkspaceLayout>& layout, int threads);
   void release(Workspaces&& workspaces);
 
   // The program as kernels of a device want it, whose `source` is there; on the CPU for the emulator's.

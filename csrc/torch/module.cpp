@@ -100,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
            "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.")
       .def("shares_tasks", &Engine::shares_tasks, py::arg("tasks"), py::arg("samples"), py::arg("threads"),
            "Whether so many tasks run one after the other, each on all threads.")
+      .def("layouts", &Engine::layouts, "Workspace layouts kept, of the latest sizes of episodes.")
       .def("winograd_from", &Engine::winograd_from,
            "The fewest samples with which each convolution goes by Winograd's algorithm, 0: never.");
 }

@@ -7,6 +7,7 @@ csrc/cuda/engine.cu, and in both csrc/engine/unroll.h.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from metafast import _check, _native
 from metafast.backend import current_backend
 from metafast.engine.guard import Guard, NotLowered
 from metafast.engine.lowering.lower import lower
+from metafast.engine.recent import remember
 
 if TYPE_CHECKING:
     from metafast.engine.task_model import TaskModel
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64)
 _MOST_KEPT = 4
+_MOST_SHAPES = 16  # of samples: a network of global pooling takes many, each with its own workspaces
+_MOST_SIGNATURES = 1024
 
 
 def compiled(descriptor: tuple[tuple[int, ...], tuple[float, ...]], dtype: torch.dtype) -> Any:
@@ -153,11 +157,11 @@ class Networks:
     def __init__(self, task: TaskModel) -> None:
         self._task = task
         # The latest last; several where the module goes back and forth, between train and eval for instance.
-        self._found: dict[tuple[torch.Size, torch.dtype], list[NativeNetwork]] = {}
+        self._found: OrderedDict[tuple[torch.Size, torch.dtype], list[NativeNetwork]] = OrderedDict()
         # Why not, and the modes in which that was so.
-        self._refused: dict[tuple[torch.Size, torch.dtype], tuple[str, tuple[bool, ...]]] = {}
+        self._refused: OrderedDict[tuple[torch.Size, torch.dtype], tuple[str, tuple[bool, ...]]] = OrderedDict()
         self._warned = False
-        self._fitting: dict[Hashable, NativeNetwork] = {}
+        self._fitting: OrderedDict[Hashable, NativeNetwork] = OrderedDict()
 
     def known(self, signature: Hashable) -> NativeNetwork | None:
         """The network for episodes of a signature that is known to fit it, in a few microseconds."""
@@ -168,7 +172,7 @@ class Networks:
 
     def remember(self, signature: Hashable, network: NativeNetwork) -> None:
         """Episodes of a signature fit a network, by the backend in force."""
-        self._fitting[signature, current_backend()] = network
+        remember(self._fitting, (signature, current_backend()), network, _MOST_SIGNATURES)
 
     def __call__(self, x: Tensor) -> NativeNetwork | None:
         """The network for inputs x (T, N, ...); None where torch runs them.
@@ -223,7 +227,7 @@ class Networks:
 
     def _lower(self, key: tuple[torch.Size, torch.dtype]) -> NativeNetwork | str:
         """The network for samples of a shape and dtype, lowered if it is not yet; or why it cannot be."""
-        networks = self._found.setdefault(key, [])
+        networks = self._found.get(key, [])
         for network in reversed(networks):
             if network.holds():
                 return network
@@ -232,13 +236,14 @@ class Networks:
         if refused is not None and refused[1] == modes:
             return refused[0]
         try:
-            networks.append(NativeNetwork(self._task, *key))
+            network = NativeNetwork(self._task, *key)
         except NotLowered as refusal:
-            self._refused[key] = (refusal.reason, modes)
+            remember(self._refused, key, (refusal.reason, modes), _MOST_SHAPES)
             return refusal.reason
-        del networks[:-_MOST_KEPT]
-        return networks[-1]
+        remember(self._found, key, [*networks, network][-_MOST_KEPT:], _MOST_SHAPES)
+        self._fitting.clear()  # of networks that may have gone
+        return network
 
     def __getstate__(self) -> dict[str, Any]:
         # Networks know their module by identity: a copy, or another process, lowers its own.
-        return self.__dict__ | {"_found": {}, "_refused": {}, "_fitting": {}}
+        return self.__dict__ | {"_found": OrderedDict(), "_refused": OrderedDict(), "_fitting": OrderedDict()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,14 @@ from metafast import _check
 from metafast.engine import batch_norm as norms
 from metafast.engine.layout import Layout
 from metafast.engine.networks import Networks
+from metafast.engine.recent import remember
 from metafast.engine.traced import fingerprint
 from metafast.losses import Loss
 
 # One tensor a parameter, in layout order. Not one flat vector: inside torch.func its split and the joins of its
 # derivatives would cost as much as a small net's mathematics.
 Params = tuple[Tensor, ...]
+_MOST_SHAPES = 1024
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:
@@ -41,7 +44,7 @@ class TaskModel:
         self.batch_norm = norms.check_policy(batch_norm, model)
         self.warned_of_loop = False
         self.native = Networks(self)
-        self._output_shapes: dict[tuple[object, ...], torch.Size] = {}
+        self._output_shapes: OrderedDict[tuple[object, ...], torch.Size] = OrderedDict()
 
     def theta(self) -> Tensor:
         """(P,) the meta-parameters, connected to the module's parameters in autograd."""
@@ -99,7 +102,8 @@ class TaskModel:
                 f"{x_name}: gradients to inputs do not flow through the batched call; detach it or use clone()"
             )
         key = (x.shape[1:], x.dtype, x.device, self.mode())
-        if key not in self._output_shapes:
+        known = self._output_shapes.get(key)
+        if known is None:
             cuda = [x.device] if x.device.type == "cuda" else []
             with torch.no_grad(), self.policy(), torch.random.fork_rng(devices=cuda):
                 try:
@@ -114,5 +118,5 @@ class TaskModel:
                     f"{self.argument}: expected {x.shape[1]} outputs for {x.shape[1]} samples, "
                     f"got {_check.describe(outputs)}"
                 )
-            self._output_shapes[key] = outputs.shape
-        return self._output_shapes[key]
+            known = remember(self._output_shapes, key, outputs.shape, _MOST_SHAPES)
+        return known

@@ -12,6 +12,7 @@ What cannot be seen is a module-level variable that a hand-written ``forward`` r
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from metafast.engine.recent import remember
+
 Function = Callable[..., Tensor]
 
 _CALLS_BEFORE_RECORDING = 12
+_MOST_COUNTED, _MOST_RECORDINGS = 1024, 64
 _OPAQUE = object()
 
 
@@ -36,8 +40,8 @@ class Traced:
     def __init__(self, function: Function, state: Callable[[], Hashable | None]) -> None:
         self._function = function
         self._state = state
-        self._calls: dict[Hashable, int] = {}
-        self._recordings: dict[Hashable, GraphModule | None] = {}
+        self._calls: OrderedDict[Hashable, int] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, GraphModule | None] = OrderedDict()
 
     def __call__(self, *arguments: Tensor | tuple[Tensor, ...]) -> Tensor:
         with torch.no_grad():
@@ -51,14 +55,15 @@ class Traced:
                 return result
             eager = self._function(*arguments)
             if key not in self._recordings:
-                self._calls[key] = self._calls.get(key, 0) + 1
-                if self._calls[key] > _CALLS_BEFORE_RECORDING:
-                    self._recordings[key] = _record(self._function, arguments, eager)
+                calls = remember(self._calls, key, self._calls.get(key, 0) + 1, _MOST_COUNTED)
+                if calls > _CALLS_BEFORE_RECORDING:
+                    recording = _record(self._function, arguments, eager)
+                    remember(self._recordings, key, recording, _MOST_RECORDINGS)
             return eager
 
     def __getstate__(self) -> dict[str, Any]:
         # Recordings know their module by identity: a copy, or another process, makes its own.
-        return self.__dict__ | {"_calls": {}, "_recordings": {}}
+        return self.__dict__ | {"_calls": OrderedDict(), "_recordings": OrderedDict()}
 
 
 def _record(function: Function, arguments: tuple[Any, ...], wanted: Tensor) -> GraphModule | None:

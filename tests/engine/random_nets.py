@@ -230,18 +230,21 @@ def random_net(seed: int) -> tuple[nn.Module, Shape]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        r = random.Random(seed)
-        chain = r.random() < 0.35
-        build = _images if r.random() < 0.6 else _features
-        b, shape = build(r, chain)
-        net = _nested(b.net, r) if chain else b.net
-        with torch.no_grad():
-            for p in net.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-        if r.random() < 0.25:
-            parameters = list(net.parameters())
-            for p in r.sample(parameters, r.randrange(len(parameters))):
-                p.requires_grad_(False)
+        return drawn_net(random.Random(seed))
+
+
+def drawn_net(r: random.Random, smallest: int = 5) -> tuple[nn.Module, Shape]:
+    """The same of any source of choices, images from so many pixels wide; the weights are of torch's generator."""
+    chain = r.random() < 0.35
+    b, shape = _images(r, chain, smallest) if r.random() < 0.6 else _features(r, chain)
+    net = _nested(b.net, r) if chain else b.net
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    if r.random() < 0.25:
+        parameters = list(net.parameters())
+        for p in r.sample(parameters, r.randrange(len(parameters))):
+            p.requires_grad_(False)
     return net, shape
 
 
@@ -258,8 +261,8 @@ def _features(r: random.Random, chain: bool) -> tuple[_Builder, Shape]:
     return b, shape
 
 
-def _images(r: random.Random, chain: bool) -> tuple[_Builder, Shape]:
-    image = (r.randint(1, 4), r.randint(5, 12), r.randint(5, 12))
+def _images(r: random.Random, chain: bool, smallest: int) -> tuple[_Builder, Shape]:
+    image = (r.randint(1, 4), r.randint(smallest, 12), r.randint(smallest, 12))
     shape: Shape = image
     b = _Builder(r, shape, chain)
     if r.random() < 0.25:
