@@ -3,6 +3,7 @@
 # make sanitize  the kernels' tests under AddressSanitizer and UBSan (CI runs this too)
 # make aarch64  compile the kernels and the engine for 64-bit ARM (wants g++-aarch64-linux-gnu)
 # make cuda-compile  compile the CUDA kernels for every major architecture (wants nvcc, no GPU)
+# make fuzz   1,000 random networks, episodes and learners against autograd, of which CI runs 50
 # make soak   100,000 meta-steps without growth of memory, which CI runs some thousands of
 # make bench  every workload, into benchmarks/results
 # make peers  the libraries to compare with, in .venv-peers
@@ -20,7 +21,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format soak demo bench peers wheel wheel-test clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format fuzz soak demo bench peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -82,6 +83,9 @@ cuda-compile:
 	for file in csrc/cuda/*.cu csrc/cuda/layers/*.cu; do \
 	  nvcc -std=c++20 -O3 -arch=all-major -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror -c -o /dev/null $$file || exit 1; \
 	done
+
+fuzz: build
+	METAFAST_FUZZ=1000 $(BIN)/python -m pytest -n 2 tests/engine/test_fuzz.py
 
 soak: build
 	METAFAST_SOAK=100000 $(BIN)/python -m pytest -n 2 tests/test_memory.py
