@@ -21,6 +21,7 @@ from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
 from metafast.ops.lstm import MOST_LAYERS, lstm_vjp
+from metafast.ops.momentum_update import momentum_update
 
 State = tuple[Tensor, ...]
 Cotangents = tuple[Tensor | None, ...]
@@ -216,8 +217,8 @@ class Momentum(UpdateRule):
         return (torch.zeros_like(params),)
 
     def step(self, params: Tensor, grads: Tensor, state: State) -> tuple[Tensor, State]:
-        velocity = self.momentum * state[0] + grads
-        return inner_update(params, velocity, self.lr), (velocity,)
+        params, velocity = momentum_update(params, grads, state[0], self.lr, self.momentum)
+        return params, (velocity,)
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}, momentum={self.momentum:g}"

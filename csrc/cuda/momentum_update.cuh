@@ -1,5 +1,6 @@
 // velocity' = momentum * velocity + grads, updated = params - lr * velocity' on CUDA, in one pass;
-// overwrites. Any grid covers all elements. Tested by tests/simt/test_kernels.py.
+// overwrites. Any grid covers all elements. Tested by tests/ops/test_momentum_update.py on the emulator, and
+// where there is a GPU; in place by tests/simt/test_kernels.py.
 #pragma once
 
 #include "../momentum_update.h"

@@ -23,6 +23,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 def operator_cases(quick: bool) -> Iterator[Case]:
     """All of them; ``quick`` leaves out the larger sizes."""
     yield from _inner_update_cases(quick)
+    yield from _momentum_update_cases(quick)
     yield from _prototype_cases(quick)
     yield from _hvp_cases()
     yield from _lstm_cases(quick)
@@ -61,12 +62,16 @@ def _draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# --- inner_update ------------------------------------------------------------------------------------------------
+# --- inner_update, momentum_update -------------------------------------------------------------------------------
+
+
+def _sizes(quick: bool) -> list[tuple[int, int]]:
+    """Of parameters (T, P), around the widths of vector registers and blocks."""
+    return [(1, 1), (3, 17)] if quick else [(1, 1), (3, 17), (2, 63), (2, 64), (5, 1025)]
 
 
 def _inner_update_cases(quick: bool) -> Iterator[Case]:
-    # Around the widths of vector registers and blocks.
-    sizes = [(1, 1), (3, 17)] if quick else [(1, 1), (3, 17), (2, 63), (2, 64), (5, 1025)]
+    sizes = _sizes(quick)
 
     def inputs(tasks: int, width: int, rate: Callable[[int, int], tuple[int, ...]] | None) -> Inputs:
         made: Inputs = {"params": _draw(0, tasks, width), "grads": _draw(1, tasks, width)}
@@ -95,6 +100,21 @@ def _inner_update_cases(quick: bool) -> Iterator[Case]:
         yield Case("inner_update", f"lr {name}", draws, _over(ours), _over(plain))
     draws = tuple(partial(inputs, tasks, width, rates["(T, P)"]) for tasks, width in sizes if width > 2)
     yield Case("inner_update", "lists", draws, _over(ours_listed), _over(plain))
+
+
+def _momentum_update_cases(quick: bool) -> Iterator[Case]:
+    def inputs(tasks: int, width: int) -> Inputs:
+        return {name: _draw(i, tasks, width) for i, name in enumerate(("params", "grads", "velocity"))}
+
+    def plain(params: Tensor, grads: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        after = 0.9 * velocity + grads
+        return params - 0.3 * after, after
+
+    def ours(params: Tensor, grads: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.momentum_update(params, grads, velocity, 0.3, 0.9)
+
+    draws = tuple(partial(inputs, *size) for size in _sizes(quick))
+    yield Case("momentum_update", "heavy ball", draws, _over(ours), _over(plain))
 
 
 def _over(function: Function, order: int = 2) -> Callable[[Inputs], Quantities]:

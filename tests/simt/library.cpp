@@ -1,5 +1,6 @@
-// The program of tests/simt/test_kernels.py: `library NAME` runs a kernel of csrc/cuda that has no operator
-// yet, in every order, at odd sizes, into poisoned memory, and compares with the equation in long double.
+// The program of tests/simt/test_kernels.py: `library NAME` runs a kernel of csrc/cuda on its own, in what no
+// operator asks of it too, in every order, at odd sizes, into poisoned memory, and compares with the equation
+// in long double.
 #include <cmath>
 #include <cstdio>
 #include <functional>

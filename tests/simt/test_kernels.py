@@ -1,4 +1,4 @@
-"""Kernels of csrc/cuda that no operator reaches yet, against their equations, in every order of threads and blocks."""
+"""Kernels of csrc/cuda in what no operator asks of them, in place for instance, in every order of threads."""
 
 from __future__ import annotations
 
