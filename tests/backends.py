@@ -26,11 +26,17 @@ def kernels_of(backend: str) -> list[pytest.MarkDecorator]:
 # The twin, the CPU's kernels, and the GPU's: emulated, and on one where it is there.
 GPUS = ["simt", *(["cuda"] if torch.cuda.is_available() else [])]
 _NATIVE = ["cpu", *GPUS]
-LEARNER_BACKENDS = ["torch", pytest.param("cpu", marks=kernels_of("cpu"))]
+ON_CPU = ["torch", pytest.param("cpu", marks=kernels_of("cpu"))]
+# Of tensors on the CPU, as learners' tests have them.
+LEARNER_BACKENDS = [*ON_CPU, pytest.param("simt", marks=kernels_of("simt"))]
 on_backends = pytest.mark.parametrize(
     "backend", ["torch", *(pytest.param(name, marks=kernels_of(name)) for name in _NATIVE)]
 )
 on_kernels = pytest.mark.parametrize("backend", [pytest.param(name, marks=kernels_of(name)) for name in _NATIVE])
+# The CPU's kernels and the emulated ones.
+on_cpu_and_simt = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=kernels_of(name)) for name in ("cpu", "simt")]
+)
 on_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 

@@ -11,6 +11,26 @@ from tests.backends import LEARNER_BACKENDS, learners_on
 from tests.nets import NOT_LOWERED
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes the emulator many seconds, see ``not_emulated``; layers have tests of their own."""
+    left_out = [item for item in items if _on_simt(item) and not _emulated(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    call = getattr(item, "callspec", None)
+    return {} if call is None else dict(call.params)
+
+
+def _on_simt(item: pytest.Item) -> bool:
+    return _parameters(item).get("backend") == "simt"
+
+
+def _emulated(item: pytest.Item) -> bool:
+    return item.get_closest_marker("not_emulated") is None and _parameters(item).get("name") != "conv4"
+
+
 @pytest.fixture(params=LEARNER_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that learners run on; a test of what the kernels do not take is marked ``not_lowered``."""

@@ -204,6 +204,7 @@ def central_difference(objective: Callable[[], Tensor], parameters: list[Tensor]
     return torch.tensor(result, dtype=torch.float64)
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("which", ["maml", "lomaml", "protonets"])
 @pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "conv"])
 def test_the_reference_against_finite_differences(name: str, which: str) -> None:

@@ -43,8 +43,11 @@ LEARNERS: dict[str, Callable[[], Any]] = {
 
 
 def every_learner(test: Any) -> Any:
-    """On every backend."""
-    return pytest.mark.usefixtures("backend")(pytest.mark.parametrize("kind", LEARNERS)(test))
+    """On every backend but the emulator, whose kernels see nothing of this."""
+    marks = (pytest.mark.not_emulated, pytest.mark.usefixtures("backend"), pytest.mark.parametrize("kind", LEARNERS))
+    for mark in marks:
+        test = mark(test)
+    return test
 
 
 def made(kind: str) -> Any:

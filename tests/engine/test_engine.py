@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
-from tests.backends import native
+from metafast import _native
+from tests.backends import in_every_order, kernels_of, native, on_cpu_and_simt
 from tests.engine import four_functions
 from tests.engine.random_nets import random_net
 from tests.nets import build, episodes_for, gradient, relative_error
@@ -42,9 +43,13 @@ def network_of(learner: mf.GradientLearner) -> object:
     return networks[-1]
 
 
-@native
-@pytest.mark.parametrize("seed", range(40))
-def test_meta_gradients_of_random_networks(seed: int) -> None:
+# Of the emulator those that take it a second or two.
+SEEDS = [pytest.param("cpu", seed, marks=kernels_of("cpu")) for seed in range(40)]
+SEEDS += [pytest.param("simt", seed, marks=kernels_of("simt")) for seed in range(12)]
+
+
+@pytest.mark.parametrize(("backend", "seed"), SEEDS)
+def test_meta_gradients_of_random_networks(backend: str, seed: int) -> None:
     model, shape = random_net(seed)
     model = model.double()
     ways = model(torch.zeros(2, *shape, dtype=torch.float64)).shape[1]
@@ -52,7 +57,7 @@ def test_meta_gradients_of_random_networks(seed: int) -> None:
     episodes = random_episodes(shape, ways, seed, loss)
     steps, first_order = seed % 4, seed % 5 == 0
     maml = mf.MAML(model, lr=0.05, steps=steps, loss=loss, first_order=first_order)
-    with mf.use_backend("cpu"):
+    with mf.use_backend(backend):
         out = maml(episodes)
         out.loss.backward()
     found = gradient(model)
@@ -111,9 +116,79 @@ def test_fewer_tasks_than_threads_and_one_task() -> None:
         assert relative_error(found, gradient(model)) < BAR
 
 
-@native
-def test_odd_strides_and_channels_last() -> None:
-    model, episodes = build("conv4"), episodes_for("conv4")
+def meta_steps(model: nn.Module) -> dict[str, mf.GradientLearner | mf.ProtoNets]:
+    """A learner for each way through the engine, with what it can do besides."""
+    torch.manual_seed(0)
+    optimizer = mf.LSTMOptimizer(3, learn_state=True).double()
+    return {
+        "sgd": mf.GradientLearner(model, mf.SGD(0.1), steps=3, query_weights=(0.5, 0.0, 1.5), truncate=2),
+        "rates": mf.GradientLearner(model, mf.LayerRates(model, 2, 0.1), steps=2, support_batch=3),
+        "lstm": mf.LOMAML(model, optimizer, lr=0.2, steps=2),
+        "first order": mf.LOMAML(model, optimizer, lr=0.2, steps=2, first_order=True),
+        "protonets": mf.ProtoNets(model),
+    }
+
+
+@pytest.mark.parametrize("backend", [pytest.param("simt", marks=kernels_of("simt"))])
+@pytest.mark.parametrize("name", ["mlp", "batch_norm", "residual"])
+def test_the_same_bits_in_every_order_and_by_both_doors(name: str, backend: str) -> None:
+    """On a device, where a block's and a thread's turn is nobody's choice; and the numbers of the CPU's kernels."""
+    model, episodes = build(name), episodes_for(name, tasks=2)
+
+    def results() -> list[Tensor]:
+        found = []
+        for learner in meta_steps(model).values():
+            learner.zero_grad()
+            out = learner.accumulate_grad(episodes)
+            found += [out.logits, out.losses, gradient(learner)]
+        return found
+
+    with mf.use_backend(backend):
+        found = in_every_order(backend, results)
+        by_autograd = []
+        for learner in meta_steps(model).values():
+            learner.zero_grad()
+            out = learner(episodes)
+            out.loss.backward()
+            by_autograd += [out.logits.detach(), out.losses.detach(), gradient(learner)]
+    assert all(torch.equal(a, b) for a, b in zip(found, by_autograd))
+    with mf.use_backend("cpu"):
+        for one, wanted in zip(found, results()):
+            assert relative_error(one, wanted) <= BAR
+
+
+@pytest.mark.parametrize("backend", [pytest.param("simt", marks=kernels_of("simt"))])
+def test_a_small_convolutional_network_in_every_order(backend: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+    ).double()
+    episodes = random_episodes((1, 5, 4), 3, 1)
+    maml = mf.MAML(model, lr=0.1, steps=2)
+
+    def results() -> list[Tensor]:
+        model.zero_grad()
+        out = maml.accumulate_grad(episodes)
+        return [out.logits, out.losses, gradient(model)]
+
+    with mf.use_backend(backend):
+        logits, losses, found = in_every_order(backend, results)
+    model.zero_grad()
+    wanted = mf.reference.maml(model, episodes, lr=0.1, steps=2)
+    wanted.loss.backward()
+    for one, other in ((logits, wanted.logits), (losses, wanted.losses), (found, gradient(model))):
+        assert relative_error(one, other) <= BAR
+
+
+@on_cpu_and_simt
+def test_odd_strides_and_channels_last(backend: str) -> None:
+    name = "conv4" if backend == "cpu" else "batch_norm"
+    with mf.use_backend(backend):
+        odd_strides_and_channels_last(name)
+
+
+def odd_strides_and_channels_last(name: str) -> None:
+    model, episodes = build(name), episodes_for(name)
     maml = mf.MAML(model, lr=0.1, steps=2)
     wanted = maml(episodes)
 
@@ -170,18 +245,19 @@ def test_after_fork() -> None:
         assert os.waitpid(child, 0)[1] == 0
 
 
-@native
-def test_any_cotangent_and_twice_through_the_same_graph() -> None:
+@on_cpu_and_simt
+def test_any_cotangent_and_twice_through_the_same_graph(backend: str) -> None:
     model, episodes = build("batch_norm"), episodes_for("batch_norm")
     maml = mf.MAML(model, lr=0.1, steps=2)
 
     def objective(out: mf.Outcome) -> Tensor:
         return out.loss * 0.5 + (out.losses**2).sum() + (out.logits.tanh() * 0.3).sum()
 
-    loss = objective(maml(episodes))
-    loss.backward(retain_graph=True)
-    once = gradient(model)
-    loss.backward()
+    with mf.use_backend(backend):
+        loss = objective(maml(episodes))
+        loss.backward(retain_graph=True)
+        once = gradient(model)
+        loss.backward()
     assert relative_error(gradient(model), 2 * once) < 1e-14
     model.zero_grad()
     objective(mf.reference.maml(model, episodes, lr=0.1, steps=2)).backward()
@@ -249,6 +325,22 @@ def test_memory_grows_by_the_steps_parameters_alone(
     (one, its_tape), (twenty, their_tape) = (engine.workspace(*samples, steps) for steps in (1, 20))
     assert their_tape == 20 * its_tape
     assert twenty - their_tape == one - its_tape
+
+
+@native
+def test_a_network_goes_by_the_backend_that_is_in_force() -> None:
+    """The same learner and signature by one after the other: none takes the other's kernels."""
+    if "simt" not in _native.status().backends:
+        pytest.skip(_native.missing("simt"))
+    model, episodes, module = build("mlp"), episodes_for("mlp"), _native.native()
+    maml = mf.MAML(model, lr=0.1, steps=1)
+    for backend in ("cpu", "simt", "auto", "simt"):
+        before = module.simt_blocks()
+        with mf.use_backend(backend):
+            maml(episodes)
+        assert (module.simt_blocks() > before) == (backend == "simt")
+    with mf.use_backend("torch"):
+        assert maml._task.native(episodes.support_x) is None
 
 
 @native

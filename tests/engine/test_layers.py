@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 from metafast.engine.lowering import Kind
+from tests.backends import kernels_of, on_cpu_and_simt
 from tests.backends import native as needs_kernels
 from tests.engine import four_functions
 from tests.nets import relative_error
@@ -113,41 +114,44 @@ def episodes_of(shape: tuple[int, ...], samples: int, loss: str = "cross_entropy
 CASES = [(n, False) for n in FEATURES] + [(n, True) for n in IMAGES]
 
 
-@needs_kernels
-@pytest.mark.parametrize("channels", [1, 13, 16, 33])
-@pytest.mark.parametrize(("name", "images"), CASES)
-def test_four_functions_in_float64(name: str, images: bool, channels: int) -> None:
+# The emulator is slow: it gets fewer channels and one set of samples.
+SIZES = [pytest.param("cpu", *case, c, marks=kernels_of("cpu")) for case in CASES for c in (1, 13, 16, 33)]
+SIZES += [pytest.param("simt", n, i, c, marks=kernels_of("simt")) for n, i in CASES for c in (1, 13 if i else 33)]
+
+
+@pytest.mark.parametrize(("backend", "name", "images", "channels"), SIZES)
+def test_four_functions_in_float64(backend: str, name: str, images: bool, channels: int) -> None:
     model, shape = case(name, channels, images)
-    for samples, loss in ((4, "cross_entropy"), (11, "mse")):
+    for samples, loss in ((4, "cross_entropy"), (11, "mse"))[: 1 if backend == "simt" else 2]:
         e = episodes_of(shape, samples, loss)
-        found, _ = four_functions.native(model, e, loss)
+        found, _ = four_functions.native(model, e, loss, backend=backend)
         wanted = four_functions.plain(model, e, loss)
         for what in four_functions.NAMES:
             assert relative_error(found[what], wanted[what]) < BAR, (what, samples)
 
 
-@needs_kernels
+@on_cpu_and_simt
 @pytest.mark.parametrize(("name", "images"), CASES)
-def test_layers_that_come_first(name: str, images: bool) -> None:
+def test_layers_that_come_first(name: str, images: bool, backend: str) -> None:
     """At the input there is no tangent and no gradient to give."""
     torch.manual_seed(0)
     shape = (2, 7, 6) if images else (5,)
     layer = IMAGES[name](2) if images else FEATURES[name](5)
     model, e = head(layer, shape=shape), episodes_of(shape, 5)
-    found, _ = four_functions.native(model, e, "cross_entropy")
+    found, _ = four_functions.native(model, e, "cross_entropy", backend=backend)
     wanted = four_functions.plain(model, e, "cross_entropy")
     for what in four_functions.NAMES:
         assert relative_error(found[what], wanted[what]) < BAR, what
 
 
-@needs_kernels
+@on_cpu_and_simt
 @pytest.mark.parametrize("channels", [1, 3, 8, 16])
-def test_a_padded_convolution_of_one_pixel(channels: int) -> None:
+def test_a_padded_convolution_of_one_pixel(channels: int, backend: str) -> None:
     """The network's own input has no border, though it looks like features."""
     torch.manual_seed(0)
     model = head(nn.Conv2d(channels, 4, 3, padding=1), nn.Identity(), shape=(channels, 1, 1))
     e = episodes_of((channels, 1, 1), 5)
-    found, _ = four_functions.native(model, e, "cross_entropy")
+    found, _ = four_functions.native(model, e, "cross_entropy", backend=backend)
     wanted = four_functions.plain(model, e, "cross_entropy")
     for what in four_functions.NAMES:
         assert relative_error(found[what], wanted[what]) < BAR, what
@@ -161,14 +165,14 @@ SMOOTH = [
 ]
 
 
-@needs_kernels
+@on_cpu_and_simt
 @pytest.mark.parametrize(("name", "images"), SMOOTH)
-def test_float32_errs_at_most_twice_as_much_as_torch(name: str, images: bool) -> None:
-    model, shape = case(name, 13, images)
+def test_float32_errs_at_most_twice_as_much_as_torch(name: str, images: bool, backend: str) -> None:
+    model, shape = case(name, 13 if backend == "cpu" or not images else 3, images)
     e = episodes_of(shape, 7)
     exact = four_functions.plain(model, e, "cross_entropy")
     single, e32 = copy.deepcopy(model).float(), e.to(dtype=torch.float32)
-    found, _ = four_functions.native(single, e32, "cross_entropy")
+    found, _ = four_functions.native(single, e32, "cross_entropy", backend=backend)
     torchs = four_functions.plain(single, e32, "cross_entropy")
     for what in four_functions.NAMES:
         error, allowed = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))

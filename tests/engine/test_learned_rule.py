@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 from metafast.rules import LearnedRule, moving
-from tests.backends import native
+from tests.backends import kernels_of, native, on_cpu_and_simt
 from tests.nets import build, episodes_for, gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("native_backend")
@@ -19,8 +19,9 @@ BAR = 1e-10
 
 
 @pytest.fixture
-def native_backend() -> object:
-    with mf.use_backend("cpu"):
+def native_backend(request: pytest.FixtureRequest) -> object:
+    call = getattr(request.node, "callspec", None)
+    with mf.use_backend("cpu" if call is None else call.params.get("backend", "cpu")):
         yield
 
 
@@ -43,19 +44,21 @@ def is_one_call(learner: mf.GradientLearner, episodes: mf.Episodes) -> bool:
 
 
 OPTIONS = list(itertools.product((False, True), (None, (0.3, 0.0, 1.7)), (None, 3), (None, 1, 2)))
+NETS = [("mlp", True, False, None), ("mlp", False, True, ["2", "4.bias"]), ("conv4", True, True, ["head"])]
+CASES = [pytest.param("cpu", *o, *net, marks=kernels_of("cpu")) for net in NETS for o in OPTIONS]
+# Some of each for the emulator.
+CASES += [pytest.param("simt", *o, *net, marks=kernels_of("simt")) for net in NETS[:2] for o in OPTIONS[1::5]]
 
 
-@native
-@pytest.mark.parametrize(("first_order", "query_weights", "batch", "truncate"), OPTIONS)
 @pytest.mark.parametrize(
-    ("name", "learn_init", "learn_state", "adapts"),
-    [
-        ("mlp", True, False, None),
-        ("mlp", False, True, ["2", "4.bias"]),
-        ("conv4", True, True, ["head"]),
-    ],
+    (
+        *("backend", "first_order", "query_weights", "batch", "truncate"),
+        *("name", "learn_init", "learn_state", "adapts"),
+    ),
+    CASES,
 )
 def test_options(
+    backend: str,
     name: str,
     learn_init: bool,
     learn_state: bool,
@@ -122,10 +125,10 @@ def test_truncation_of_plain_steps(truncate: int) -> None:
     assert relative_error(found[1], found[0]) <= BAR
 
 
-@native
+@on_cpu_and_simt
 @pytest.mark.parametrize(("hidden", "layers"), [(1, 1), (7, 1), (20, 2), (3, 4)])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_the_reference(hidden: int, layers: int, first_order: bool) -> None:
+def test_the_reference(hidden: int, layers: int, first_order: bool, backend: str) -> None:
     model, episodes, optimizer = build("mlp"), episodes_for("mlp", tasks=1), optimizer_of(hidden, layers)
     learner = mf.LOMAML(model, optimizer, lr=0.2, steps=4, first_order=first_order)
     assert is_one_call(learner, episodes)
@@ -162,8 +165,8 @@ def test_gates_that_are_computed_again_and_any_number_of_threads() -> None:
     assert relative_error(found[1], gradient(learner)) <= BAR
 
 
-@native
-def test_any_cotangent_and_twice_through_the_same_graph() -> None:
+@on_cpu_and_simt
+def test_any_cotangent_and_twice_through_the_same_graph(backend: str) -> None:
     model, episodes, optimizer = build("batch_norm"), episodes_for("batch_norm"), optimizer_of()
     learner = mf.LOMAML(model, optimizer, lr=0.2, steps=2)
 
@@ -198,8 +201,8 @@ def test_frozen_parameters_stay_and_a_frozen_optimizer_gets_no_gradient() -> Non
     assert relative_error(found[1], found[0]) <= BAR
 
 
-@native
-def test_no_gradient_is_no_graph_and_the_same_numbers() -> None:
+@on_cpu_and_simt
+def test_no_gradient_is_no_graph_and_the_same_numbers(backend: str) -> None:
     model, episodes, optimizer = build("mlp"), episodes_for("mlp"), optimizer_of()
     for steps in (0, 1, 5):
         learner = mf.LOMAML(model, optimizer, lr=0.2, steps=steps)
@@ -209,9 +212,9 @@ def test_no_gradient_is_no_graph_and_the_same_numbers() -> None:
         assert torch.equal(out.logits, learner(episodes).logits.detach())
 
 
-@native
-def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
-    model, episodes = build("mlp"), episodes_for("mlp", tasks=8)
+@on_cpu_and_simt
+def test_float32_errs_at_most_twice_as_much_as_torch_in_float32(backend: str) -> None:
+    model, episodes = build("mlp"), episodes_for("mlp", tasks=8 if backend == "cpu" else 2)
     optimizer = optimizer_of(20)
     found = {}
     for run, dtype in (("exact", torch.float64), ("plain", torch.float32), ("native", torch.float32)):

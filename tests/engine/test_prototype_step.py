@@ -10,22 +10,23 @@ from torch import Tensor, nn
 
 import metafast as mf
 from metafast.ops.prototypes import METRICS
-from tests.backends import native
+from tests.backends import native, on_cpu_and_simt
 from tests.nets import build, episodes_for, gradient, relative_error
 
 BAR = 1e-10
 
 
 @pytest.fixture(autouse=True)
-def native_backend() -> object:
-    with mf.use_backend("cpu"):
+def native_backend(request: pytest.FixtureRequest) -> object:
+    call = getattr(request.node, "callspec", None)
+    with mf.use_backend("cpu" if call is None else call.params.get("backend", "cpu")):
         yield
 
 
-@native
+@on_cpu_and_simt
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", ["mlp", "conv4", "batch_norm", "residual"])
-def test_both_doors(name: str, metric: str) -> None:
+def test_both_doors(name: str, metric: str, backend: str) -> None:
     model, episodes = build(name), episodes_for(name)
     weights = torch.rand(episodes.tasks, dtype=torch.float64)
     proto = mf.ProtoNets(model, metric)
@@ -47,8 +48,8 @@ def test_both_doors(name: str, metric: str) -> None:
         assert relative_error(found, gradient(model)) <= BAR
 
 
-@native
-def test_any_cotangent_and_shuffled_labels_of_uneven_classes() -> None:
+@on_cpu_and_simt
+def test_any_cotangent_and_shuffled_labels_of_uneven_classes(backend: str) -> None:
     model, e = build("batch_norm"), episodes_for("batch_norm", shots=4)
     torch.manual_seed(0)
     support_y = torch.stack([torch.tensor([0, 1, 2, 2, 2, 0, 1, 2, 2, 2, 2, 0])[torch.randperm(12)] for _ in range(4)])
@@ -89,8 +90,8 @@ def test_the_same_bits_with_any_number_of_threads(tasks: int) -> None:
         assert all(torch.equal(result, wanted) for result, wanted in zip(results, found[1]))
 
 
-@native
-def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
+@on_cpu_and_simt
+def test_float32_errs_at_most_twice_as_much_as_torch_in_float32(backend: str) -> None:
     model, episodes = build("mlp"), episodes_for("mlp", tasks=8)
     found = {}
     for run, dtype in (("exact", torch.float64), ("plain", torch.float32), ("native", torch.float32)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import metafast as mf
 from metafast.reference.lstm import lstm_step
-from tests.backends import LEARNER_BACKENDS, device_of, in_every_order, on_dtypes, on_kernels, poisoned
+from tests.backends import ON_CPU, device_of, in_every_order, on_dtypes, on_kernels, poisoned
 from tests.backends import native as needs_kernels
 
 BAR = 1e-10
@@ -123,7 +123,7 @@ def test_a_step_in_every_order_into_poisoned_memory(
         assert relative_error(mine, wanted) <= (BAR if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("backend", LEARNER_BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize(("coordinates", "hidden", "layers"), [(1, 1, 1), (33, 20, 2), (257, 7, 3)])
 def test_all_steps_at_once(coordinates: int, hidden: int, layers: int, from_zero: bool, backend: str) -> None:

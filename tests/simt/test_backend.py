@@ -11,6 +11,7 @@ import metafast as mf
 from metafast import _native
 from metafast.ops import inner_update
 from tests.backends import in_every_order
+from tests.nets import build, episodes_for
 
 simt = pytest.mark.skipif(bool(_native.missing("simt")), reason=_native.missing("simt"))
 
@@ -42,12 +43,11 @@ def test_different_bits_in_some_order_fail() -> None:
 
 @simt
 def test_what_has_no_kernels_is_refused() -> None:
-    maml = mf.MAML(mf.models.MLP(1, (4,), 1), lr=0.1, steps=1, loss="mse")
-    net, x = mf.models.MLP(1, (4,), 1), torch.ones(3, 1)
-    params = {name: p.detach() for name, p in net.named_parameters()}
-    episodes = mf.data.Sinusoid().sample(tasks=2, shots=3)
-    with mf.use_backend("simt"):
-        with pytest.raises(ValueError, match="backend 'simt' is forced, but there is no simt engine yet"):
-            maml(episodes)
+    maml = mf.MAML(build("tied"), lr=0.1, steps=1)
+    optimizer = mf.LSTMOptimizer(hidden=2)
+    state, weights = torch.zeros(2, 2, 3, 2), list(optimizer.parameters())
+    with mf.use_backend("simt"), torch.no_grad():
+        with pytest.raises(ValueError, match="^model: backend 'simt' is forced, but layer '2'"):
+            maml(episodes_for("tied"))
         with pytest.raises(ValueError, match="backend 'simt' is forced, but this operator has no kernels for simt"):
-            mf.ops.hvp(net, params, params, x, x, loss="mse")
+            mf.ops.lstm_update(torch.ones(4, 3), state, weights)
