@@ -122,9 +122,10 @@ class Loader {
   int at_[kSides];
 };
 
-// kWide columns of a tile; kADeep, kBDeep: a's, b's neighbours in memory are those along the depth.
+// kWide columns of a tile, two blocks of a multiprocessor: at 128 registers nothing spills. kADeep, kBDeep:
+// a's, b's neighbours in memory are those along the depth.
 template <class Real, int kWide, bool kADeep, bool kBDeep>
-__global__ void __launch_bounds__(kProductThreads) product_kernel(const Product<Real> p) {
+__global__ void __launch_bounds__(kProductThreads, 2) product_kernel(const Product<Real> p) {
   constexpr int kSide = kProductSide, kAcross = kWide / kSide, kHigh = kProductThreads / kAcross * kSide;
   using ALoader = Loader<Real, kHigh, kADeep>;
   using BLoader = Loader<Real, kWide, kBDeep>;

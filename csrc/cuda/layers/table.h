@@ -1,5 +1,6 @@
 // The kernel table of CUDA and the emulator: which functions a kind of layer has. Each function here is its
-// file's, layers/NAME.cu, whose kernels are in layers/NAME.cuh.
+// file's, layers/NAME.cu, whose kernels are in layers/NAME.cuh; those of linear and linear_narrow too are in
+// conv.cu.
 #pragma once
 
 #include <stdexcept>
