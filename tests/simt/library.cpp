@@ -4,52 +4,15 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
-#include <limits>
 #include <map>
-#include <memory>
-#include <random>
 #include <string>
-#include <vector>
 
 #include "../../csrc/cuda/momentum_update.h"
 #include "../../csrc/cuda/weighted_sum.h"
-#include "../../csrc/simt/orders.h"
+#include "arrays.h"
 
 namespace metafast {
 namespace {
-
-// Memory of the exact size, so that AddressSanitizer sees the end of it.
-template <class Real>
-struct Array {
-  explicit Array(int64_t count, Real value = std::numeric_limits<Real>::quiet_NaN())
-      : size(size_t(count)), data(new Real[size]) {
-    std::fill_n(data.get(), size, value);
-  }
-  Real* get() const { return data.get(); }
-  Real operator[](int64_t i) const { return data[size_t(i)]; }
-  emulator::Buffer buffer(const char* name) const { return {name, data.get(), size * sizeof(Real)}; }
-
-  size_t size;
-  std::unique_ptr<Real[]> data;
-};
-
-template <class Real>
-Array<Real> random(int64_t count) {
-  static std::mt19937 generator(0);
-  std::normal_distribution<double> normal;
-  Array<Real> values(count);
-  for (size_t i = 0; i < values.size; ++i) values.data[i] = Real(normal(generator));
-  return values;
-}
-
-// `got` within `roundings` roundings of numbers as large as `scale`; NaN is not.
-template <class Real>
-void check(Real got, long double wanted, long double scale, int64_t roundings) {
-  const long double bound = 0.505L * std::numeric_limits<Real>::epsilon() * scale * (long double)(roundings);
-  if (std::fabs((long double)(got)-wanted) <= bound) return;
-  throw std::runtime_error("expected " + std::to_string(double(wanted)) + ", got " +
-                           std::to_string(double(got)));
-}
 
 constexpr int64_t kSizes[] = {1, 13, 255, 256, 257, 1031};
 
