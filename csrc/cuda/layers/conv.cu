@@ -9,7 +9,7 @@
 //   tbwd   tdx = tdy * w' + dy * tw',  tdw = x' * tdy + tx' * dy,  tdb = 1' * tdy
 //
 // What lies beyond the edges of x and dy are their borders' zeros. Nothing is saved. Tested by
-// tests/engine/test_layers.py.
+// tests/simt/test_kernels.py.
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>

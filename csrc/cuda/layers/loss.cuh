@@ -6,7 +6,7 @@
 //
 // A sample of cross_entropy has a warp, its classes the lanes; what is summed over samples, a task's loss and
 // its accuracy, a block. Sums over samples are in double and in an order that hangs on the sizes alone. Any
-// grid covers all. Adjoints' lanes C..pixel-1 become zero. Tested by tests/engine/test_layers.py.
+// grid covers all. Adjoints' lanes C..pixel-1 become zero. Tested by tests/simt/test_kernels.py.
 #pragma once
 
 #include "../warp.cuh"

@@ -10,7 +10,7 @@
 // bits hang on the sizes alone. Any grid covers all.
 //
 // Not cuBLAS: what the emulator and a device run is one kernel, which the emulator's tests check; a device
-// may get cuBLAS where a measurement there says so. Tested by tests/engine/test_layers.py.
+// may get cuBLAS where a measurement there says so. Tested by tests/simt/test_kernels.py.
 #pragma once
 
 #include "call.h"
