@@ -15,8 +15,8 @@ void start(const char* name, const Call<Real>& c, bool reduces, const Batch<Real
   // As many as fill a warp's lanes.
   const int64_t groups = std::max<int64_t>(1, kMostGroups * c.layer.groups / c.in.c);
   const dim3 grid(unsigned((c.layer.groups + groups - 1) / groups), unsigned(std::min(samples, kMostTasks)));
-  launch(name, group_norm_kernel<Function, Real>, grid, dim3(kNormThreads), 0, stream, c, unsigned(groups),
-         reduces, results);
+  launch(name, group_norm_kernel<Function, Real>, grid, dim3(kNormThreads), 0, stream, c,
+         Domain(1, c.in.h, c.in.w), unsigned(groups), reduces, results);
 }
 
 template <class Real>

@@ -36,15 +36,17 @@ __device__ Moments<Real> merge_warp(Moments<Real> mine) {
 template <class Real>
 struct GroupNormSample {
   const Call<Real>& c;
+  const Domain& domain;
   int64_t t, n, channel = 0;
   unsigned pixels;
   bool affine, moves;
 
-  __device__ GroupNormSample(const Call<Real>& call, int64_t task, int64_t sample)
+  __device__ GroupNormSample(const Call<Real>& call, const Domain& of_sample, int64_t task, int64_t sample)
       : c(call),
+        domain(of_sample),
         t(task),
         n(sample),
-        pixels(unsigned(c.in.h * c.in.w)),
+        pixels(of_sample.count),
         affine(c.layer.bias != 0),
         moves(!c.tx.null()) {}
 
@@ -66,7 +68,7 @@ struct GroupNormSample {
   // The channel's element of pixel q, in x and dx, and in y and dy.
   __device__ int64_t in(unsigned q) const { return n * c.in.sample + offset(c.in, place(q), channel); }
   __device__ int64_t out(unsigned q) const { return n * c.out.sample + offset(c.out, place(q), channel); }
-  __device__ Place place(unsigned q) const { return {Domain(1, c.in.h, c.in.w), q}; }
+  __device__ Place place(unsigned q) const { return {domain, q}; }
 
   // The channel's, after fwd and tfwd.
   Real mean, r, tmean, tc;
@@ -249,7 +251,8 @@ struct GroupNormTbwd : GroupNormBwd<Real> {
 // `results`: y, dx, ty or tdx; null where only the sums are wanted.
 template <class Function, class Real>
 __global__ void __launch_bounds__(kNormThreads)
-    group_norm_kernel(const Call<Real> c, unsigned groups_of_block, bool reduces, const Batch<Real> results) {
+    group_norm_kernel(const Call<Real> c, const Domain pixels, unsigned groups_of_block, bool reduces,
+                      const Batch<Real> results) {
   using Part = typename Function::Part;
   METAFAST_SHARED(Part, shared, [kNormThreads]);
   METAFAST_SHARED(Real, numbers, [kMostGroups][4]);
@@ -259,7 +262,7 @@ __global__ void __launch_bounds__(kNormThreads)
                 last_group = left <= groups_of_block ? c.layer.groups : first_group + groups_of_block;
   const int64_t first = first_group * size, last = last_group * size;
   for (int64_t s = blockIdx.y; s < c.tasks * c.samples; s += gridDim.y) {
-    Function f(c, s / c.samples, s % c.samples);
+    Function f(c, pixels, s / c.samples, s % c.samples);
     for (int64_t start = first; reduces && start < last; start += kGroupLanes) {
       f.channel = start + lane;
       Part part{};

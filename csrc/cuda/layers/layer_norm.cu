@@ -12,7 +12,8 @@ void start(const char* name, const Call<Real>& c, bool reduces, const Batch<Real
            CUstream_st* stream) {
   if (c.tasks == 0 || c.samples == 0 || results.null()) return;  // CUDA refuses an empty grid
   const dim3 grid(unsigned(c.samples), unsigned(std::min(c.tasks, kMostTasks)));
-  launch(name, layer_norm_kernel<Function, Real>, grid, dim3(kNormThreads), 0, stream, c, reduces, results);
+  launch(name, layer_norm_kernel<Function, Real>, grid, dim3(kNormThreads), 0, stream, c,
+         LayerNormLaunch(c.in), reduces, results);
 }
 
 template <bool kTangent, class Real>
@@ -21,7 +22,8 @@ void start_gradient(const char* name, const Call<Real>& c, const Batch<Real>& gr
   const int64_t size = c.in.h * c.in.w * c.in.pixel;
   const dim3 grid(unsigned((size + kNormThreads - 1) / kNormThreads),
                   unsigned(std::min(c.tasks, kMostTasks)));
-  launch(name, layer_norm_gradient_kernel<Real, kTangent>, grid, dim3(kNormThreads), 0, stream, c, gradient);
+  launch(name, layer_norm_gradient_kernel<Real, kTangent>, grid, dim3(kNormThreads), 0, stream, c,
+         LayerNormLaunch(c.in), gradient);
 }
 
 template <class Real>

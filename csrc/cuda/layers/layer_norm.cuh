@@ -13,17 +13,31 @@ struct LayerNormElement {
   int64_t in, out, at;
   bool inside;  // else it is padding
 
-  // `number` counts channels, `channels` a pixel, then pixels.
+  // `number` counts channels, so many a pixel, then pixels.
   template <class Real>
-  __device__ LayerNormElement(const Call<Real>& c, unsigned n, unsigned number, unsigned channels) {
-    const unsigned pixel = number / channels, channel = number - pixel * channels;
-    Place place(Domain(1, c.in.h, c.in.w), pixel);
+  __device__ LayerNormElement(const Call<Real>& c, const Domain& pixels, unsigned n, unsigned number,
+                              const Divider& channels) {
+    const unsigned pixel = channels(number), channel = number - pixel * channels.by;
+    Place place(pixels, pixel);
     place.n = n;
     in = offset(c.in, place, channel);
     out = offset(c.out, place, channel);
     at = pixel * c.in.pixel + channel;
     inside = channel < c.in.c;
   }
+};
+
+struct LayerNormLaunch {
+  Domain pixels;                // of a sample
+  Divider channels, lanes;      // C and C with the padding
+  unsigned elements, of_gamma;  // with C and with the padding
+
+  explicit LayerNormLaunch(const Value& in)
+      : pixels(1, in.h, in.w),
+        channels(in.c),
+        lanes(in.pixel),
+        elements(counted(in.h * in.w * in.c)),
+        of_gamma(counted(in.h * in.w * in.pixel)) {}
 };
 
 // One task: what a thread has of it.
@@ -190,24 +204,24 @@ struct LayerNormTbwd : LayerNormSample<Real> {
 // `results`: y, dx, ty or tdx.
 template <class Function, class Real>
 __global__ void __launch_bounds__(kNormThreads)
-    layer_norm_kernel(const Call<Real> c, bool reduces, const Batch<Real> results) {
+    layer_norm_kernel(const Call<Real> c, const LayerNormLaunch l, bool reduces, const Batch<Real> results) {
   using Part = typename Function::Part;
   METAFAST_SHARED(Part, shared, [kNormThreads]);
-  const unsigned n = blockIdx.x, channels = unsigned(c.in.c), lanes = unsigned(c.in.pixel);
-  const unsigned pixels = unsigned(c.in.h * c.in.w);
+  const unsigned n = blockIdx.x;
   for (int64_t t = blockIdx.y; t < c.tasks; t += gridDim.y) {
     Function f(LayerNormTask<Real>(c, t), n);
     if (reduces) {
-      Part part = f.reduce(threadIdx.x, pixels * channels, kNormThreads,
-                           [&](unsigned number) { return LayerNormElement(c, n, number, channels); });
+      Part part = f.reduce(threadIdx.x, l.elements, kNormThreads, [&](unsigned number) {
+        return LayerNormElement(c, l.pixels, n, number, l.channels);
+      });
       merge_columns<1>(part, shared);
       __syncthreads();
-      f.finish(shared[0], Real(1) / Real(pixels * channels));
+      f.finish(shared[0], Real(1) / Real(l.elements));
       if (threadIdx.x == 0) f.save();
     }
     Real* const to = results.of(t);
-    for (unsigned number = threadIdx.x; number < pixels * lanes; number += kNormThreads) {
-      const LayerNormElement e(c, n, number, lanes);
+    for (unsigned number = threadIdx.x; number < l.of_gamma; number += kNormThreads) {
+      const LayerNormElement e(c, l.pixels, n, number, l.lanes);
       to[f.to(e)] = e.inside ? f.apply(e) : Real(0);
     }
   }
@@ -216,16 +230,15 @@ __global__ void __launch_bounds__(kNormThreads)
 // dw, or with kTangent tdw.
 template <class Real, bool kTangent>
 __global__ void __launch_bounds__(kNormThreads)
-    layer_norm_gradient_kernel(const Call<Real> c, const Batch<Real> gradient) {
-  const unsigned lanes = unsigned(c.in.pixel), size = unsigned(c.in.h * c.in.w) * lanes;
-  const unsigned number = blockIdx.x * kNormThreads + threadIdx.x;
+    layer_norm_gradient_kernel(const Call<Real> c, const LayerNormLaunch l, const Batch<Real> gradient) {
+  const unsigned size = l.of_gamma, number = blockIdx.x * kNormThreads + threadIdx.x;
   if (number >= size) return;
   for (int64_t t = blockIdx.y; t < c.tasks; t += gridDim.y) {
     const LayerNormTask<Real> task(c, t);
     Sums<Real> all{};
-    if (LayerNormElement(c, 0, number, lanes).inside) {
+    if (LayerNormElement(c, l.pixels, 0, number, l.lanes).inside) {
       all = sums_of<Real>(0, unsigned(c.samples), 1, [&](unsigned n, Sums<Real>& sums) {
-        const LayerNormElement e(c, n, number, lanes);
+        const LayerNormElement e(c, l.pixels, n, number, l.lanes);
         const LayerNormSample<Real> sample(task, n, true, kTangent);
         const Real d = task.dy[e.out], xhat = sample.xhat(e.in);
         if constexpr (kTangent) {

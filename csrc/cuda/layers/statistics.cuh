@@ -2,6 +2,9 @@
 // pieces, whose errors stay small, then a tree over the block's threads.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "call.h"
 
 namespace metafast::METAFAST_GPU {
@@ -96,21 +99,39 @@ __device__ void merge_columns(Part& mine, Part (&shared)[kNormThreads]) {
   }
 }
 
+// Divides by a number that is known when a kernel starts, by a product and a shift, exact below 2^31
+// (T. Granlund and P. Montgomery, 1994): every element's place takes two divisions.
+struct Divider {
+  unsigned by, factor, shift = 31;
+  explicit Divider(int64_t divisor) : by(unsigned(divisor)) {
+    while (int64_t(1) << (shift - 31) < divisor) ++shift;
+    factor = unsigned(((uint64_t(1) << shift) + by - 1) / by);
+  }
+  __device__ unsigned operator()(unsigned q) const { return unsigned(uint64_t(q) * factor >> shift); }
+};
+
+// What Divider can count.
+inline unsigned counted(int64_t things) {
+  if (things < int64_t(1) << 31) return unsigned(things);
+  throw std::invalid_argument("norm: expected fewer than 2^31 elements, got " + std::to_string(things));
+}
+
 // Samples of h x w things: pixels, windows.
 struct Domain {
-  unsigned count, h, w;  // count: of all samples
-  __host__ __device__ Domain(int64_t samples, int64_t height, int64_t width)
-      : count(unsigned(samples * height * width)), h(unsigned(height)), w(unsigned(width)) {}
+  unsigned count;  // of all samples
+  Divider h, w;
+  Domain(int64_t samples, int64_t height, int64_t width)
+      : count(counted(samples * height * width)), h(height), w(width) {}
 };
 
 struct Place {
   unsigned n, i, j;
   __device__ Place(unsigned sample, unsigned row, unsigned column) : n(sample), i(row), j(column) {}
   __device__ Place(const Domain& domain, unsigned q) {
-    const unsigned line = q / domain.w;
-    j = q - line * domain.w;
-    n = line / domain.h;
-    i = line - n * domain.h;
+    const unsigned line = domain.w(q);
+    j = q - line * domain.w.by;
+    n = domain.h(line);
+    i = line - n * domain.h.by;
   }
 };
 
