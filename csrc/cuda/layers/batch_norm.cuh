@@ -32,6 +32,7 @@ enum NormSaved : int { kMean, kInverse, kMeanDy, kMeanDyXhat };
 enum NormTsaved : int { kMeanTx, kMeanTxXhat, kMeanTdy, kMeanTdyXhat };
 
 // One channel of one task: what a thread has of it. Others build on it.
+// x and tx are read by __ldg where a store before would hold them up.
 template <class Real>
 struct NormChannel {
   const Call<Real>& c;
@@ -111,7 +112,7 @@ struct BatchNormBwd : NormChannel<Real> {
   }
   // dx of the element at `in`, on whose normalised value dh arrives.
   __device__ void put(int64_t in, Real dh) const {
-    const Real u = dh - db - (c.x.of(t)[in] - mean) * r * dg;
+    const Real u = dh - db - (__ldg(c.x.of(t) + in) - mean) * r * dg;
     c.dx.of(t)[in] = this->inside ? scale * u : Real(0);
   }
   __device__ void apply(const Place& at) const {
@@ -147,7 +148,7 @@ struct BatchNormTfwd : NormTangent<Real> {
   Real mean, r, gamma, tgamma, tbeta, tmean, tc;
 
   __device__ Real txhat(Real xhat, int64_t in) const {
-    return moves ? r * (c.tx.of(t)[in] - tmean - xhat * tc) : Real(0);
+    return moves ? r * (__ldg(c.tx.of(t) + in) - tmean - xhat * tc) : Real(0);
   }
   __device__ void take() {
     moves = !c.tx.null();
@@ -190,11 +191,11 @@ struct NormTbwd : NormChannel<Real> {
     tmean = moves ? this->tsaved(kMeanTx) : Real(0), tc = moves ? this->tsaved(kMeanTxXhat) : Real(0);
   }
   __device__ Real txhat(Real xhat, int64_t in) const {
-    return moves ? r * (c.tx.of(t)[in] - tmean - xhat * tc) : Real(0);
+    return moves ? r * (__ldg(c.tx.of(t) + in) - tmean - xhat * tc) : Real(0);
   }
   // tdx of the element at `in`, on whose normalised value dh and tdh arrive.
   __device__ void put(int64_t in, Real dh, Real tdh) const {
-    const Real xhat = (c.x.of(t)[in] - mean) * r;
+    const Real xhat = (__ldg(c.x.of(t) + in) - mean) * r;
     const Real u = dh - db - xhat * dg;
     const Real tu = tdh - tdb - xhat * tdg - txhat(xhat, in) * dg;
     c.tdx.of(t)[in] = this->inside ? scale * tu + tscale * u : Real(0);
@@ -250,9 +251,9 @@ __device__ void get_part(const NormChannel<Real>& of, const NormLaunch& l, unsig
   m = {from[0], from[of.c.in.pixel], left < l.reduced_of_part ? left : l.reduced_of_part};
 }
 
-// Three blocks at a time on a multiprocessor: for four the compiler would spill.
 template <class Function, class Real>
-__global__ void __launch_bounds__(kNormThreads, 3) norm_kernel(const Call<Real> c, const NormLaunch l) {
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    norm_kernel(const Call<Real> c, const NormLaunch l) {
   constexpr int kLanes = kNormLanes<Real>, kRows = kNormRows<Real>;
   using Part = typename Function::Part;
   METAFAST_SHARED(Part, shared, [kNormThreads]);

@@ -89,8 +89,8 @@ struct PooledNormBwd : Windows<BatchNormBwd<Real>, kWindow> {
 
   __device__ Part reduce(const Domain& outputs, unsigned first, unsigned end, unsigned step) const {
     return sums_of<Real>(first, end, step, [&](unsigned q, Part& sums) {
-      if (this->place(q) < 0) return;
-      const Real dh = c.dy.of(t)[offset(c.out, Place(outputs, q), this->channel)];
+      const Real dy = c.dy.of(t)[offset(c.out, Place(outputs, q), this->channel)];
+      const Real dh = this->place(q) < 0 ? Real(0) : dy;
       sums.a += dh;
       sums.b += dh * this->chosen(q);
     });
@@ -132,12 +132,14 @@ struct PooledNormTbwd : Windows<NormTbwd<Real>, kWindow> {
   __device__ Part reduce(const Domain& outputs, unsigned first, unsigned end, unsigned step) const {
     const bool moves = !c.tx.null();
     return sums_of<Real>(first, end, step, [&](unsigned q, Part& sums) {
-      if (this->place(q) < 0) return;
       const int64_t out = offset(c.out, Place(outputs, q), this->channel);
-      const Real tdh = c.tdy.of(t)[out];
+      const bool alive = this->place(q) >= 0;
+      const Real tdy = c.tdy.of(t)[out], tdh = alive ? tdy : Real(0);
       sums.a += tdh;
       sums.b += tdh * this->chosen(q);
-      if (moves) sums.b += c.dy.of(t)[out] * this->tchosen(q);
+      if (!moves) return;
+      const Real dy = c.dy.of(t)[out];
+      sums.b += (alive ? dy : Real(0)) * this->tchosen(q);
     });
   }
   __device__ void apply(const Place& window) const {

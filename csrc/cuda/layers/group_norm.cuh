@@ -250,7 +250,7 @@ struct GroupNormTbwd : GroupNormBwd<Real> {
 
 // `results`: y, dx, ty or tdx; null where only the sums are wanted.
 template <class Function, class Real>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     group_norm_kernel(const Call<Real> c, const Domain pixels, unsigned groups_of_block, bool reduces,
                       const Batch<Real> results) {
   using Part = typename Function::Part;
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // dw or tdw from what is kept of each sample, the second half of saved or of tsaved: a thread a channel.
 template <class Real>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     group_norm_gradient_kernel(const Call<Real> c, const Batch<const Real> kept, const Batch<Real> gradient) {
   const int64_t k = int64_t(blockIdx.x) * kNormThreads + threadIdx.x, pixel = c.in.pixel;
   if (k >= pixel) return;

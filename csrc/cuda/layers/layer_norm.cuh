@@ -203,7 +203,7 @@ struct LayerNormTbwd : LayerNormSample<Real> {
 
 // `results`: y, dx, ty or tdx.
 template <class Function, class Real>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     layer_norm_kernel(const Call<Real> c, const LayerNormLaunch l, bool reduces, const Batch<Real> results) {
   using Part = typename Function::Part;
   METAFAST_SHARED(Part, shared, [kNormThreads]);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // dw, or with kTangent tdw.
 template <class Real, bool kTangent>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
     layer_norm_gradient_kernel(const Call<Real> c, const LayerNormLaunch l, const Batch<Real> gradient) {
   const unsigned size = l.of_gamma, number = blockIdx.x * kNormThreads + threadIdx.x;
   if (number >= size) return;

@@ -10,6 +10,7 @@
 namespace metafast::METAFAST_GPU {
 
 constexpr int kNormThreads = 256;
+constexpr int kNormBlocks = 2;  // at least, at a time on a multiprocessor: for more the compiler would spill
 constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y: more go round the kernels' loops
 
 // Two sums. What follows has no constructors, so that shared memory can have it; {} is nothing yet.
@@ -45,16 +46,22 @@ struct Moments {
   }
 };
 
-// Over the elements first, first + step, ... below `end`: a thread's. add(q, sums) adds q's.
+// Over the elements first, first + step, ... below `end`: a thread's. add(q, sums) adds q's. Whole pieces
+// know no end, so that their loads can be on the way together.
 template <class Real, class Add>
 __device__ Sums<Real> sums_of(unsigned first, unsigned end, unsigned step, const Add& add) {
-  constexpr int kPiece = 16;
+  constexpr unsigned kPiece = 16;
   Sums<Real> sums{};
-  for (unsigned q = first; q < end;) {
+  unsigned q = first;
+  for (; q + (kPiece - 1) * step < end; q += kPiece * step) {
     Sums<Real> piece{};
-    for (int k = 0; k < kPiece && q < end; ++k, q += step) add(q, piece);
+#pragma unroll 2
+    for (unsigned k = 0; k < kPiece; ++k) add(q + k * step, piece);
     sums.merge(piece);
   }
+  Sums<Real> last{};
+  for (; q < end; q += step) add(q, last);
+  sums.merge(last);
   return sums;
 }
 
