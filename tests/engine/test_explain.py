@@ -78,6 +78,16 @@ def test_why_torch() -> None:
 
 
 @needs_extension
+def test_the_emulators_engine_is_one_of_them() -> None:
+    if reason := _native.missing("simt"):
+        pytest.skip(reason)
+    with mf.use_backend("simt"):
+        table = mf.explain(build("mlp"), (6,))
+    assert {row.backend for row in table.layers} == {"simt"}
+    assert table.reason == "backend simt: the simt engine runs all layers"
+
+
+@needs_extension
 def test_a_learner_has_its_own_settings() -> None:
     model = build("batch_norm")
     assert mf.explain(mf.MAML(model), (6,)).reason.endswith("the cpu engine runs all layers")
