@@ -1,12 +1,15 @@
 """A training run on disk: everything it takes to go on to the same bits, or to evaluate what was learned.
 
-A checkpoint is a plain ``torch.save`` file of tensors, numbers and strings, read with ``weights_only=True``.
+A checkpoint is a plain ``torch.save`` file of tensors, numbers and strings, read with ``weights_only=True``. That is a
+zip file; its comment ends with the SHA-256 of all that is before, without which no checkpoint is read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import pickle
+import struct
 import uuid
 import zipfile
 from collections.abc import Mapping
@@ -21,7 +24,10 @@ from metafast import _check
 from metafast.cli.recipe import AnyLearner, Recipe, build_learner, option
 
 NAME = "checkpoint.pt"
-FORMAT = "metafast checkpoint, version 1"
+FORMAT = "metafast checkpoint, version 2"
+_UNSEALED = "metafast checkpoint, version 1"  # had no checksum of the whole
+_MARK = b"metafast sha256 "
+_DIGEST = 64  # hexadecimal digits
 WINDOW = ("count", "loss", "accuracy")
 _TYPES: Mapping[str, type] = {
     "recipe": dict,
@@ -80,16 +86,33 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write beside ``path`` and rename, so that a crash at any moment leaves a whole checkpoint, the old or the new."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format": FORMAT, "recipe": checkpoint.recipe.plain(), "schedule": asdict(checkpoint.schedule)}
+    whole = sealed(content)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as stream:
-            torch.save(content, stream)
+            stream.write(whole)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sealed(content: object) -> bytes:
+    """The bytes of a ``torch.save`` file with its checksum."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    archive = buffer.getvalue()
+    # A zip file without a comment ends with the comment's length, 0.
+    body = archive[:-2] + struct.pack("<H", len(_MARK) + _DIGEST) + _MARK
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove what writers of ``path`` that were killed have left beside it."""
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        temporary.unlink()
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,8 +129,8 @@ def load(path: Path) -> Checkpoint:
         path = path / NAME
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint, or a folder with {NAME}: there is no file {str(path)!r}")
-    content = _read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content, is_sealed = _read(path)
+    if not isinstance(content, dict) or content.get("format") != (FORMAT if is_sealed else _UNSEALED):
         raise ValueError(f"{str(path)!r}: expected a file that `metafast train` wrote ({FORMAT})")
     try:
         return _checked(content)
@@ -161,24 +184,22 @@ def restore_optimizer(path: Path, checkpoint: Checkpoint, optimizer: torch.optim
         raise ValueError(f"{str(path)!r}: holds no state of the optimiser: {error}") from error
 
 
-def _read(path: Path) -> object:
-    """The content of a ``torch.save`` file; ValueError where it is damaged."""
+def _read(path: Path) -> tuple[object, bool]:
+    """The content of a ``torch.save`` file, and whether it has a checksum; ValueError where it is damaged."""
+    content = path.read_bytes()
+    is_sealed = _MARK in content[-_DIGEST - len(_MARK) :]  # the end may be missing
     try:
-        # PyTorch's reader compares no checksums, so a flipped bit in a weight would go unnoticed.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} fails its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
+        if is_sealed and hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() != content[-_DIGEST:]:
+            raise zipfile.BadZipFile("it fails its checksum")
+        if not is_sealed:
+            # PyTorch's reader compares no checksums, so a flipped bit in a weight would go unnoticed.
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} fails its checksum")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), is_sealed
+    except Exception as error:  # what damage makes of these readers is beyond listing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(path)!r}: damaged, or no checkpoint at all: {reason}") from error
 
 

@@ -26,11 +26,15 @@ def read(path: Path, until: int | None = None) -> list[Line]:
     if not path.is_file():
         return []
     lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r}: expected lines of JSON, got no text: {error}") from error
     # A line without its end is one that a crash cut off.
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    for number, text in enumerate(whole, 1):
+    whole = text.split("\n")[:-1]
+    for number, row in enumerate(whole, 1):
         try:
-            line = json.loads(text)
+            line = json.loads(row)
             if until is None or line["iteration"] <= until:
                 lines.append({name: float(value) for name, value in line.items()} | {"iteration": line["iteration"]})
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -212,6 +212,8 @@ def _open(folder: Path, before: Checkpoint | None) -> list[metrics.Line]:
         stale = set(_WRITTEN) - {checkpoints.NAME, metrics.NAME}
     for name in stale:
         (folder / name).unlink(missing_ok=True)
+    for name in (checkpoints.NAME, metrics.NAME):
+        checkpoints.clear_unfinished(folder / name)
     metrics.write(folder / metrics.NAME, lines)
     return lines
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import random
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 from metafast.cli import checkpoint as checkpoints
-from metafast.cli.checkpoint import NAME, Checkpoint, Schedule, load, restore, restore_optimizer, save
+from metafast.cli.checkpoint import NAME, Checkpoint, Schedule, load, restore, restore_optimizer, save, sealed
 from metafast.cli.recipe import Recipe, Tasks
 from metafast.cli.trainer import Trainer
 from tests.cli.runs import assert_same, metafast, train
@@ -45,19 +49,18 @@ def test_a_crash_while_saving_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     save(tmp_path / NAME, checkpoint)
     trainer.step()
 
-    def half(content: object, stream: Any) -> None:
-        stream.write(b"PK\x03\x04")
+    def full(number: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path / NAME, trainer.checkpoint(Schedule(10, 2, 5)))
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert load(tmp_path).iteration == 2
 
 
-def flip(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+def flip(content: bytes, at: int, bit: int = 1) -> bytes:
+    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
 
 
 def weight_at(content: bytes) -> int:
@@ -83,6 +86,58 @@ def test_damaged_files(damage: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def version_1(content: bytes) -> bytes:
+    """The same as it was written before there was a checksum of the whole."""
+    stored = torch.load(io.BytesIO(content), weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(stored | {"format": "metafast checkpoint, version 1"}, buffer)
+    return buffer.getvalue()
+
+
+def test_any_flipped_bit_and_any_cut_is_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path / NAME, trained()[1])
+    whole, r = (tmp_path / NAME).read_bytes(), random.Random(0)
+    damaged = [
+        flip(whole, at, 1 << r.randrange(8)) for at in (*range(0, len(whole), 23), *range(len(whole) - 200, len(whole)))
+    ]
+    damaged += [whole[:length] for length in (*range(0, len(whole), 97), *range(len(whole) - 120, len(whole), 3))]
+    for _ in range(30):
+        at, length = r.randrange(len(whole)), r.randint(1, 300)
+        damaged += [whole[:at] + whole[at + length :], whole[:at] + r.randbytes(length) + whole[at:]]
+        damaged += [whole + r.randbytes(length)]
+    for content in damaged:
+        (tmp_path / NAME).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{re.escape(repr(str(tmp_path / NAME)))}: "):
+            load(tmp_path)
+
+
+def test_the_checksum_does_not_keep_others_from_reading(tmp_path: Path) -> None:
+    _, checkpoint = trained()
+    save(tmp_path / NAME, checkpoint)
+    assert_same(torch.load(tmp_path / NAME, weights_only=True)["learner"], checkpoint.learner)
+    with zipfile.ZipFile(tmp_path / NAME) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"metafast sha256 ")
+
+
+def test_checkpoints_of_version_1_are_read(tmp_path: Path) -> None:
+    _, checkpoint = trained()
+    save(tmp_path / NAME, checkpoint)
+    old, r = version_1((tmp_path / NAME).read_bytes()), random.Random(0)
+    (tmp_path / NAME).write_bytes(old)
+    assert_same(fields(load(tmp_path)), fields(checkpoint))
+    for _ in range(60):
+        (tmp_path / NAME).write_bytes(old[: r.randrange(len(old))])
+        with pytest.raises(ValueError, match=f"^{re.escape(repr(str(tmp_path / NAME)))}: damaged"):
+            load(tmp_path)
+    # A new one that has lost its checksum is none.
+    (tmp_path / NAME).write_bytes(old.replace(b"checkpoint, version 1", b"checkpoint, version 2"))
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path)
+    torch.save(torch.load(io.BytesIO(old), weights_only=True) | {"format": checkpoints.FORMAT}, tmp_path / NAME)
+    with pytest.raises(ValueError, match="expected a file that `metafast train` wrote"):
+        load(tmp_path)
+
+
 class Evil:
     """What a pickle could do if it were let."""
 
@@ -101,7 +156,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda c: [1, 2], "expected a file that `metafast train` wrote"),
     "someone's state_dict": (lambda c: c["learner"], "expected a file that `metafast train` wrote"),
-    "another version": (lambda c: c | {"format": "metafast checkpoint, version 9"}, "version 1"),
+    "another version": (lambda c: c | {"format": "metafast checkpoint, version 9"}, "version 2"),
     "no generator": (lambda c: {k: v for k, v in c.items() if k != "generator"}, "generator: expected a Tensor"),
     "negative iteration": (lambda c: c | {"iteration": -1}, "iteration: expected an int of at least 0"),
     "a recipe of ways": (lambda c: c | {"recipe": c["recipe"] | {"ways": 5}}, "--ways: waves have no classes"),
@@ -116,7 +171,7 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_other_contents(what: str, tmp_path: Path) -> None:
     change, message = CONTENTS[what]
     save(tmp_path / NAME, trained()[1])
-    torch.save(change(torch.load(tmp_path / NAME, weights_only=True)), tmp_path / NAME)
+    (tmp_path / NAME).write_bytes(sealed(change(torch.load(tmp_path / NAME, weights_only=True))))
     with pytest.raises(ValueError, match=f"^{str(tmp_path / NAME)!r}: ") as caught:
         load(tmp_path)
     assert message in str(caught.value)
