@@ -386,3 +386,18 @@ def test_what_falls_back_says_so_once_and_a_forced_backend_refuses() -> None:
     assert len(caught) == 1
     with mf.use_backend("cpu"), pytest.raises(ValueError, match=r"^model: backend 'cpu' is forced, but layer '2'"):
         maml(episodes)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_accuracy_takes_nan_for_the_largest_as_torch_does(bad: int, dtype: torch.dtype) -> None:
+    model = nn.Linear(6, 3).to(dtype)
+    with torch.no_grad():
+        model.bias[bad] = float("nan")
+    x = torch.randn(2, 5, 6, dtype=dtype)
+    y = torch.tensor([[0, 0, 1, 2, 2], [1, 2, 1, 1, 0]])
+    episodes = mf.Episodes(x, y, x, y)
+    with mf.use_backend("cpu"):
+        found = mf.MAML(model, lr=0.0, steps=0)(episodes).accuracy
+    assert torch.equal(found, (y == bad).to(dtype).mean(1))
