@@ -6,6 +6,7 @@
 # make fuzz   1,000 random networks, episodes and learners against autograd, of which CI runs 50
 # make soak   100,000 meta-steps without growth of memory, which CI runs some thousands of
 # make bench  every workload, into benchmarks/results
+# make omniglot  few-shot Omniglot from METAFAST_DATA's files, half an hour on two cores; OMNIGLOT=--resume goes on
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
 # make wheel  a wheel for this machine's kind, torch and Python, in dist/; `make wheel-test` installs it elsewhere
@@ -21,7 +22,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format fuzz soak demo bench peers wheel wheel-test clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format fuzz soak demo bench omniglot peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -107,6 +108,9 @@ demo: build
 
 bench: build
 	$(BIN)/metafast bench --suite engine --out benchmarks/results
+
+omniglot: build
+	$(BIN)/python benchmarks/omniglot.py $(OMNIGLOT)
 
 peers:
 	bash benchmarks/install_peers.sh

@@ -108,12 +108,71 @@ def accuracy(*paths: Path) -> str:
     return _rows(["learner", "tasks", "accuracy, 95 % interval", "number of tasks"], rows)
 
 
+_LEARNERS = {"maml": "MAML", "fomaml": "FOMAML", "lomaml": "LOMAML", "protonets": "ProtoNets"}
+
+
+def _percent(found: dict[str, float], unit: str = " %") -> str:
+    return f"{100 * found['mean']:.1f} ± {100 * found['interval']:.1f}{unit}"
+
+
+def omniglot(path: Path) -> str:
+    """Accuracies of every row: transductive / inductive."""
+    document = _load(path)
+    done, rows = document["rows"], []
+    tasks = list(dict.fromkeys(name.partition("-")[2] for name in done))
+    for source, learner in dict.fromkeys((n.split("/")[0], n.split("/")[1].split("-")[0]) for n in done):
+        cells = []
+        for task in tasks:
+            found = done.get(f"{source}/{learner}-{task}")
+            both = found and (found["metafast"]["accuracy"], found["inductive"])
+            cells.append(" / ".join(_percent(one, "") for one in both) if both else "-")
+        rows.append([_LEARNERS[learner], source, *cells])
+    header = ["%, transductive / inductive", "source", *(task.replace("-", " ") for task in tasks)]
+    return _rows(header, rows) + f"\n\n{_machine(document['machine'])}"
+
+
+def omniglot_alphabets(path: Path) -> str:
+    """20-way 1-shot accuracies with tasks of one alphabet each."""
+    rows = []
+    for name, found in _load(path)["rows"].items():
+        if "within_alphabet" in found:
+            inside, recipe = found["within_alphabet"], found["recipe"]
+            names = ", ".join(inside["alphabets"]).replace("_", " ")
+            accuracies = (_percent(inside[how]) for how in ("transductive", "inductive"))
+            rows.append([_LEARNERS[recipe["learner"]], name.split("/")[0], names, *accuracies])
+    return _rows(["learner", "source", "alphabets", "transductive", "inductive"], rows)
+
+
+def omniglot_reference(path: Path) -> str:
+    """metafast beside the reference implementation: accuracies, and seconds of the same training."""
+    rows = []
+    for name, found in _load(path)["rows"].items():
+        if "reference" in found:
+            ours, plain = found["metafast"], found["reference"]
+            seconds = [side["train_seconds"] for side in (ours, plain)]
+            rows.append(
+                [
+                    name,
+                    str(found["iterations"]),
+                    *(_percent(side["accuracy"]) for side in (ours, plain)),
+                    "yes" if plain["agrees"] else "no",
+                    *(f"{s:.0f} s" for s in seconds),
+                    f"{seconds[1] / seconds[0]:.1f}x",
+                ]
+            )
+    header = ["row", "meta-steps", "metafast", "reference", "agree", "metafast", "reference", "ratio"]
+    return _rows(header, rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "medians": medians,
     "errors": errors,
     "sinusoid": sinusoid,
     "quadratics": quadratics,
     "accuracy": accuracy,
+    "omniglot": omniglot,
+    "omniglot-alphabets": omniglot_alphabets,
+    "omniglot-reference": omniglot_reference,
 }
 
 

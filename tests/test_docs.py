@@ -120,6 +120,16 @@ def test_tables_are_of_the_committed_results() -> None:
     mlp = json.loads((ROOT / "benchmarks/results/peers-mlp.json").read_text(encoding="utf-8"))
     for side in mlp["workloads"][0]["sides"]:
         assert f"| {side['side']} | {1e3 * side['median_seconds']:.3g} ms" in filled
+    omniglot = json.loads((ROOT / "benchmarks/results/omniglot.json").read_text(encoding="utf-8"))
+    assert omniglot["rows"]
+    for row in omniglot["rows"].values():
+        wanted = [
+            row["metafast"]["accuracy"],
+            row["inductive"],
+            *([row["reference"]["accuracy"]] if "reference" in row else []),
+        ]
+        for found in wanted:
+            assert f"{100 * found['mean']:.1f} ± {100 * found['interval']:.1f}" in filled
     with pytest.raises(KeyError):
         tables.fill("<!-- table: nothing peers-mlp -->")
     with pytest.raises(FileNotFoundError):

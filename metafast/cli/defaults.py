@@ -15,7 +15,16 @@ Settings = dict[str, Any]
 _DATA: dict[str, Settings] = {
     "sinusoid": {"shots": 10, "queries": 10, "tasks": 25, "width": 40, "steps": 5, "meta_lr": 3e-3},
     "glyphs": {"ways": 5, "shots": 1, "queries": 5, "tasks": 4, "width": 16, "steps": 1, "meta_lr": 5e-3},
-    "omniglot": {"ways": 5, "shots": 1, "queries": 15, "tasks": 32, "width": 64, "steps": 1, "meta_lr": 1e-3},
+    "omniglot": {
+        "ways": 5,
+        "shots": 1,
+        "queries": 15,
+        "tasks": 32,
+        "width": 64,
+        "steps": 1,
+        "meta_lr": 1e-3,
+        "source": "auto",
+    },
     "miniimagenet": {"ways": 5, "shots": 1, "queries": 15, "tasks": 4, "width": 32, "steps": 5, "meta_lr": 1e-3},
 }
 _LEARNER: dict[tuple[str, str], Settings] = {
@@ -67,6 +76,8 @@ def unfit(learner: str, data: str) -> dict[str, str]:
         if learner == "reptile":
             reasons["first_order"] = "Reptile takes no derivative of its inner loop"
         reasons["train_ways"] = "only ProtoNets trains on other ways than it is tested on"
+    if data != "omniglot":
+        reasons["source"] = "only Omniglot comes in several sets"
     if learner != "lomaml":
         reasons["rule_lr"] = "only LOMAML learns its update rule"
     return reasons

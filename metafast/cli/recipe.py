@@ -14,6 +14,7 @@ from torch import nn
 from metafast import _check
 from metafast.cli.defaults import Data, Learner, defaults, unfit
 from metafast.data import ClassTable, Glyphs, MiniImageNet, Omniglot, Sinusoid
+from metafast.data.omniglot import SOURCES
 from metafast.episodes import Episodes
 from metafast.learners import LOMAML, MAML, GradientLearner, ProtoNets, Reptile
 from metafast.lstm import LSTMOptimizer
@@ -54,6 +55,7 @@ class Recipe:
         width: units of a hidden layer, or channels of a convolution.
         batch_norm: "batch" or "running".
         seed: of the initial weights and of all tasks.
+        source: Omniglot's sets to train and to test on, see :class:`metafast.data.Omniglot`; "auto": those found.
 
     Raises:
         TypeError, ValueError: a setting of the wrong kind, out of range, or that does not apply; its option is named.
@@ -74,6 +76,7 @@ class Recipe:
     width: int
     batch_norm: str | None
     seed: int
+    source: str | None = None
 
     def __post_init__(self) -> None:
         _check.choice("LEARNER", self.learner, get_args(Learner))
@@ -91,6 +94,8 @@ class Recipe:
             _check.number(option(name), getattr(self, name), minimum=0)
         if "batch_norm" in applies:
             _check.choice(option("batch_norm"), self.batch_norm, BATCH_NORMS)
+        if "source" in applies:
+            _check.choice(option("source"), self.source, ("auto", *SOURCES))
         if "first_order" in applies:
             _check.flag(option("first_order"), self.first_order)
         if self.learner == "fomaml" and not self.first_order:
@@ -107,6 +112,8 @@ class Recipe:
     def from_plain(cls, plain: object) -> Recipe:
         """The recipe of a dict such as :meth:`plain` gives."""
         names = ("learner", "data", *SETTINGS)
+        if isinstance(plain, dict) and "source" not in plain:  # written before there was a choice
+            plain = plain | {"source": "auto" if plain.get("data") == "omniglot" else None}
         if not isinstance(plain, dict) or set(plain) != set(names):
             raise ValueError(f"expected a recipe with {', '.join(names)}, got {_check.describe(plain)}")
         return cls(**plain)
@@ -188,14 +195,22 @@ class Tasks:
         test: whether they are tasks to test on.
         root: folder of the data set's files; only Omniglot and miniImageNet have files.
         device: where the tasks are made.
+        data: what to draw them from, open already; None: the recipe's data set.
 
     Raises:
         TypeError, ValueError, FileNotFoundError, ImportError: data that is not there or damaged, or too little of it
             for such tasks.
     """
 
-    def __init__(self, recipe: Recipe, test: bool, root: Path | None, device: torch.device) -> None:
-        self.data = _open(recipe.data, "test" if test else "train", root, device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        test: bool,
+        root: Path | None,
+        device: torch.device,
+        data: ClassTable | Sinusoid | None = None,
+    ) -> None:
+        self.data = _open(recipe, "test" if test else "train", root, device) if data is None else data
         self.recipe = recipe
         self.ways = recipe.ways if test else recipe.train_ways or recipe.ways
         # Reptile learns from nothing but what it adapts to.
@@ -218,7 +233,8 @@ class Tasks:
         return self.data.sample(tasks, self.ways, shots, queries, generator)
 
 
-def _open(name: str, split: str, root: Path | None, device: torch.device) -> ClassTable | Sinusoid:
+def _open(recipe: Recipe, split: str, root: Path | None, device: torch.device) -> ClassTable | Sinusoid:
+    name = recipe.data
     if name == "sinusoid":
         return Sinusoid()
     if name == "glyphs":
@@ -226,7 +242,7 @@ def _open(name: str, split: str, root: Path | None, device: torch.device) -> Cla
     if root is None:
         raise ValueError(f"{option('data-root')}: expected the folder of {NAMES[name]}'s files (or METAFAST_DATA)")
     if name == "omniglot":
-        return Omniglot(root, split).to(device)
+        return Omniglot(root, split, source=None if recipe.source == "auto" else recipe.source).to(device)
     own = root / "miniimagenet"
     return MiniImageNet(own if own.is_dir() else root, split).to(device)
 

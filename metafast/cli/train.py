@@ -21,6 +21,7 @@ from metafast.cli.evaluation import TASKS, recipe_to_test
 from metafast.cli.interrupt import Interrupt
 from metafast.cli.processes import Lost, Processes, device_of, started
 from metafast.cli.recipe import Recipe, Tasks, option
+from metafast.cli.recipe_file import read_recipe
 from metafast.cli.trainer import Diverged, Trainer
 
 RESULT = "result.json"
@@ -29,8 +30,11 @@ _WRITTEN = (checkpoints.NAME, metrics.NAME, RESULT, CURVES, "sinusoid.png", "epi
 
 
 def train(
-    learner: Annotated[Learner, typer.Argument(help="What to train.")],
-    data: Annotated[Data, typer.Option(help="What to train on.")],
+    learner: Annotated[Learner | None, typer.Argument(help="What to train.")] = None,
+    data: Annotated[Data | None, typer.Option(help="What to train on.")] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML file with what is not given here; see recipes/.")
+    ] = None,
     data_root: DataRoot = None,
     ways: Annotated[int | None, typer.Option(help="Classes a task.")] = None,
     train_ways: Annotated[int | None, typer.Option(help="Classes a training task (ProtoNets).")] = None,
@@ -46,11 +50,15 @@ def train(
     batch_norm: Annotated[
         Literal["batch", "running"] | None, typer.Option(help="Statistics that batch norm uses.")
     ] = None,
+    source: Annotated[
+        Literal["auto", "full", "small", "small-swapped"] | None,
+        typer.Option(help="Omniglot's sets to train and to test on."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial weights and of the tasks.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Meta-steps.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Meta-steps a line of the metrics file.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Meta-steps between checkpoints.")] = None,
-    eval_tasks: Annotated[int, typer.Option(help="Unseen tasks of the test at the end.")] = TASKS,
+    eval_tasks: Annotated[int | None, typer.Option(help=f"Unseen tasks of the test at the end ({TASKS}).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/LEARNER-DATA by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -59,9 +67,10 @@ def train(
 ) -> None:
     """Train a learner, then test it on unseen tasks.
 
-    What is left out is chosen for the learner and the data. The run's folder gets checkpoint.pt, metrics.jsonl,
-    result.json, curves.png and a picture of unseen tasks. Ctrl-C writes a checkpoint; --resume goes on from it, to the
-    same bits as if there had been no break. Under torchrun the processes share each meta-batch.
+    What is left out is that of the recipe, or is chosen for the learner and the data. The run's folder gets
+    checkpoint.pt, metrics.jsonl, result.json, curves.png and a picture of unseen tasks. Ctrl-C writes a checkpoint;
+    --resume goes on from it, to the same bits as if there had been no break. Under torchrun the processes share each
+    meta-batch.
     """
     given = {
         "ways": ways,
@@ -76,12 +85,22 @@ def train(
         "rule_lr": rule_lr,
         "width": width,
         "batch_norm": batch_norm,
+        "source": source,
         "seed": seed,
     }
-    cadence = {"iterations": iterations, "log_every": log_every, "checkpoint_every": checkpoint_every}
-    folder = out or Path("runs", f"{learner}-{data}")
     with started() as processes:
         with processes.setting_up():
+            read = {} if recipe_file is None else read_recipe(recipe_file)
+            learner, data = _named("LEARNER", learner, read), _named("--data", data, read)
+            tested, length = read.pop("eval_tasks", TASKS), read.pop("iterations", None)
+            eval_tasks = tested if eval_tasks is None else eval_tasks
+            cadence = {
+                "iterations": length if iterations is None else iterations,
+                "log_every": log_every,
+                "checkpoint_every": checkpoint_every,
+            }
+            given = read | {name: value for name, value in given.items() if value is not None}
+            folder = out or Path("runs", f"{learner}-{data}")
             where = use_device(device_of(device, processes), threads)
             check_count(option("eval_tasks"), eval_tasks)
             before = _look(folder, resume, overwrite, processes)
@@ -126,6 +145,15 @@ def train(
     plots.curves(folder / CURVES, recipe, lines, result)
     picture = draw_test(folder, trainer.learner, unseen, result)
     say(f"wrote {checkpoints.NAME}, {metrics.NAME}, {RESULT}, {CURVES} and {picture} to {folder}/")
+
+
+def _named(argument: str, given: Any, read: dict[str, Any]) -> Any:
+    """The learner or the data: what is given, else what the recipe's file says."""
+    name = argument.lstrip("-").lower()
+    said = read.pop(name, None)
+    if given is None and said is None:
+        raise ValueError(f"{argument}: expected one, or --recipe with a file that names its {name}; got none")
+    return said if given is None else given
 
 
 def _look(folder: Path, resume: bool, overwrite: bool, processes: Processes) -> Checkpoint | None:

@@ -20,6 +20,7 @@ from metafast.data._images import decode, folder
 SOURCES = {
     "full": ("images_background", "images_evaluation"),
     "small": ("images_background_small1", "images_background_small2"),
+    "small-swapped": ("images_background_small2", "images_background_small1"),
 }
 SPLITS = ("train", "test", "all")
 PAPER_SIZE = 105
@@ -41,7 +42,9 @@ class Omniglot(ClassTable):
         source: "full": train on images_background (30 alphabets, 964 characters), test on images_evaluation
             (20 alphabets, 659 characters). "small": train on images_background_small1 (5 alphabets, 136
             characters), test on those alphabets of images_background_small2 that small1 lacks (3 alphabets,
-            106 characters). Default: "full" where one of its two sets is found, else "small".
+            106 characters). "small-swapped": the other way round, train on images_background_small2 (5 alphabets, 156
+            characters), test on the 3 alphabets, 86 characters, that only small1 has. Default: "full" where one of its
+            two sets is found, else "small".
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -145,7 +148,7 @@ def _read_split(root: Path, split: str, source: str | None) -> _Drawings:
         source = _find_source(root)
     names = SOURCES[source]
     # The small sets share alphabets, and what trains must not be in the test.
-    first = _read_set(root, names[0]) if split != "test" or source == "small" else {}
+    first = _read_set(root, names[0]) if split != "test" or source != "full" else {}
     used = {character.split("/")[0] for character in first}
     drawings = {} if split == "test" else first
     if split != "train":

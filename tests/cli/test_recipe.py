@@ -15,7 +15,7 @@ from PIL import Image
 import metafast as mf
 from metafast.cli.defaults import Data, Learner, unfit
 from metafast.cli.recipe import SETTINGS, Recipe, Tasks, build_learner, build_optimizer
-from tests.cli.runs import metafast
+from tests.cli.runs import assert_same, metafast, state
 
 CPU = torch.device("cpu")
 PAIRS = [pair for pair in itertools.product(get_args(Learner), get_args(Data)) if pair != ("protonets", "sinusoid")]
@@ -89,6 +89,69 @@ def test_reptile_trains_on_the_queries_too() -> None:
 def test_protonets_trains_on_more_ways_than_it_is_tested_on() -> None:
     recipe = Recipe.of("protonets", "glyphs", {"train_ways": 12})
     assert [Tasks(recipe, test, None, CPU).sample(1, torch.Generator()).classes for test in (False, True)] == [12, 5]
+
+
+def test_a_checkpoint_from_before_there_were_sources_is_read() -> None:
+    for data, source in (("omniglot", "auto"), ("glyphs", None)):
+        plain = Recipe.of("maml", data, {}).plain()
+        assert plain.pop("source") == source
+        assert Recipe.from_plain(plain).source == source
+
+
+RECIPE = """
+learner: maml
+data: sinusoid
+width: 4
+tasks: 2
+steps: 1
+lr: 0.02
+iterations: 2
+eval_tasks: 3
+"""
+
+
+def test_a_recipe_file_is_the_options_it_names(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert metafast("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "file", "--shots", 7) == 0
+    words = ["--width", 4, "--tasks", 2, "--steps", 1, "--lr", 0.02, "--iterations", 2, "--eval-tasks", 3]
+    assert metafast("train", "maml", "--data", "sinusoid", "--out", tmp_path / "typed", "--shots", 7, *words) == 0
+    found, wanted = state(tmp_path / "file"), state(tmp_path / "typed")
+    assert (found["recipe"].shots, found["iteration"]) == (7, 2)
+    assert_same(found, wanted)
+    # What is given beats the file, and a resumed run may name the file again.
+    again = ("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "file", "--shots", 7, "--resume")
+    assert metafast(*again, "--iterations", 3, "--eval-tasks", 2) == 0
+    assert state(tmp_path / "file")["iteration"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learner: [", "recipe.yaml' is no YAML file"),
+        ("- maml", "expected a mapping of settings in"),
+        ("learner: maml\ndata: sinusoid\nstepz: 1", "has 'stepz', expected some of learner, data,"),
+        ("learner: maml\ndata: sinusoid\nsteps:", "gives no value for 'steps'"),
+        ("learner: mamal\ndata: sinusoid", "expected one of 'maml'"),
+        ("data: sinusoid", "LEARNER: expected one, or --recipe with a file that names its learner"),
+        ("learner: maml", "--data: expected one, or --recipe"),
+        ("learner: maml\ndata: sinusoid\nsteps: two", "--steps: expected an int"),
+        ("learner: maml\ndata: sinusoid\nways: 5", "--ways: waves have no classes"),
+        ("learner: maml\ndata: glyphs\nsource: small", "--source: only Omniglot comes in several sets"),
+        ("learner: maml\ndata: omniglot\nsource: tiny", "--source: expected one of 'auto', 'full'"),
+        ("learner: maml\ndata: sinusoid\neval_tasks: 1", "--eval-tasks: expected an int of at least 2"),
+        ("learner: maml\ndata: sinusoid\niterations: 0", "--iterations: expected an int of at least 1"),
+    ],
+)
+def test_a_recipe_file_that_is_wrong(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert metafast("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "never") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_recipe_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert metafast("train", "--recipe", tmp_path / "none.yaml") == 2
+    assert "none.yaml" in capsys.readouterr().err
 
 
 def mini_imagenet(root: Path) -> Path:

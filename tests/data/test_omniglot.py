@@ -130,6 +130,12 @@ def test_small_splits_share_no_alphabet(small: Path) -> None:
     )
 
 
+def test_small_sets_swapped(small: Path) -> None:
+    train, test = (Omniglot(small, split, source="small-swapped", rotations=False) for split in ("train", "test"))
+    assert train.names == ("Beta/character01", "Gamma/character01", "Gamma/character02")
+    assert test.names == ("Alpha/character01", "Alpha/character02")
+
+
 def test_full_sets_are_preferred_where_they_are(small: Path) -> None:
     for name in FULL:
         write_zip(small, name)
@@ -221,7 +227,9 @@ def test_real_files(real: str) -> None:
     assert (train.classes, test.classes) == (136 * 4, 106)
     assert {n.split("/")[0] for n in train.names} == {"Balinese", "Early_Aramaic", "Greek", "Korean", "Latin"}
     assert {n.split("/")[0] for n in test.names} == {"Japanese_(katakana)", "Sanskrit", "Tagalog"}
-    for data in (train, test):
+    swapped = Omniglot(real, "test", source="small-swapped")
+    assert swapped.classes == 86 and {n.split("/")[0] for n in swapped.names} == {"Balinese", "Early_Aramaic", "Korean"}
+    for data in (train, test, swapped):
         assert data.counts.unique().tolist() == [20]
         ink = data.items.float().div(255).mean()
         assert 0.02 < ink < 0.2
