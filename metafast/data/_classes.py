@@ -58,6 +58,24 @@ def distinct(sizes: Tensor, count: int, generator: torch.Generator | None = None
     return drawn.gather(-1, order)
 
 
+def _largest(name: str, size: int | tuple[int, int]) -> int:
+    """Of a number, or of a range (low, high)."""
+    if not isinstance(size, tuple):
+        return _check.integer(name, size, minimum=1)
+    if len(size) != 2:
+        raise ValueError(f"{name}: expected an int or (low, high), got {size}")
+    low, high = (_check.integer(name, end, minimum=1) for end in size)
+    if low > high:
+        raise ValueError(f"{name}: expected (low, high) with low at most high, got {size}")
+    return high
+
+
+def _draw(size: int | tuple[int, int], tasks: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """(T,) a number a task."""
+    low, high = size if isinstance(size, tuple) else (size, size)
+    return torch.randint(low, high + 1, (tasks,), generator=generator, device=device)
+
+
 class ClassTable:
     """Items of many classes, from which episodes are sampled by one gather.
 
@@ -130,8 +148,8 @@ class ClassTable:
     def sample(
         self,
         tasks: int = 32,
-        ways: int = 5,
-        shots: int = 1,
+        ways: int | tuple[int, int] = 5,
+        shots: int | tuple[int, int] = 1,
         queries: int = 15,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -140,23 +158,25 @@ class ClassTable:
 
         Args:
             tasks: T, how many episodes.
-            ways: classes an episode, drawn uniformly and given the labels 0..ways-1 in random order.
-            shots: support items a class.
+            ways: classes an episode, drawn uniformly and given the labels 0..ways-1 in random order. (low, high): for
+                each episode its own number, uniform from low to high, both possible.
+            shots: support items a class, likewise: an episode's classes have the same number.
             queries: query items a class, none of them in the support.
             generator: source of randomness; the same seed gives the same bits. Default: torch's own.
             dtype: floating dtype of the inputs.
 
         Returns:
             Episodes with support_x (T, ways * shots, ...), query_x (T, ways * queries, ...) and int64 labels,
-            all sorted by label.
+            all sorted by label; with masks where ways or shots are ranges, as large as the largest possible.
 
         Raises:
             TypeError: an argument of the wrong type.
-            ValueError: a count below one, more ways than classes, shots + queries beyond the smallest class,
-                a generator on another device than the items.
+            ValueError: a count below one, a range that is none, more ways than classes, shots + queries beyond the
+                smallest class, a generator on another device than the items.
         """
-        for name, value in (("tasks", tasks), ("ways", ways), ("shots", shots), ("queries", queries)):
+        for name, value in (("tasks", tasks), ("queries", queries)):
             _check.integer(name, value, minimum=1)
+        sizes, (ways, shots) = (ways, shots), (_largest("ways", ways), _largest("shots", shots))
         check_generator(generator, self.items.device)
         check_dtype(dtype)
         if ways > self.classes:
@@ -172,11 +192,18 @@ class ClassTable:
         within = distinct(self.counts[chosen], shots + queries, generator)  # (T, ways, shots + queries)
         index = self._offsets[chosen].unsqueeze(-1) + within
         labels = torch.arange(ways, device=device)
+        masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        if any(isinstance(size, tuple) for size in sizes):
+            own_ways, own_shots = (_draw(size, tasks, device, generator) for size in sizes)
+            there = labels < own_ways.unsqueeze(1)
+            given = there.unsqueeze(2) & (torch.arange(shots, device=device) < own_shots.unsqueeze(1)).unsqueeze(1)
+            masks = given.flatten(1), there.repeat_interleave(queries, dim=1)
         return Episodes(
             self._gather(index[..., :shots], dtype),
             labels.repeat_interleave(shots).repeat(tasks, 1),
             self._gather(index[..., shots:], dtype),
             labels.repeat_interleave(queries).repeat(tasks, 1),
+            *masks,
         )
 
     def _gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,11 @@ class TaskModel:
         """(P,) the meta-parameters, connected to the module's parameters in autograd."""
         return self.layout.flatten(self.model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of all but labels and whole-number inputs."""
+        return next(iter(self.layout.parameters(self.model))).dtype
+
     def mode(self) -> tuple[bool, ...]:
         """Train or eval, layer by layer: what a layer does (dropout) may hang on it."""
         return tuple(m.training for m in self.model.modules())

@@ -14,6 +14,7 @@ from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.learners.hand import TaskLearner
+from metafast.learners.ragged import by_groups
 from metafast.losses import LossSpec, resolve_loss
 from metafast.rules import UpdateRule
 
@@ -127,7 +128,7 @@ class GradientLearner(nn.Module):
         """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
 
         Args:
-            episodes: T tasks.
+            episodes: T tasks. With masks, those of each size are one call of the engine.
             weights: (T,) factors w_t of the tasks' losses; 1/T each when None.
 
         Returns:
@@ -136,6 +137,9 @@ class GradientLearner(nn.Module):
         Raises:
             TypeError, ValueError: episodes or weights that do not fit the model, before any work.
         """
+        if isinstance(episodes, Episodes) and episodes.masked:
+            self._check_classes(episodes)
+            return by_groups(self, episodes, weights)
         network = self._check(episodes, weights)
         inner = None if network is None else self._fused(episodes, weights)
         if network is not None and inner is not None:
@@ -148,6 +152,9 @@ class GradientLearner(nn.Module):
 
         The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there.
         """
+        if isinstance(episodes, Episodes) and episodes.masked:
+            self._check_classes(episodes)
+            return by_groups(self, episodes, weights, accumulate=True)
         network = self._check(episodes, weights)
         inner = None if network is None else self._fused(episodes, weights)
         if network is not None and inner is not None and not self._learned(inner) and not network.hooked():
@@ -252,7 +259,8 @@ class GradientLearner(nn.Module):
         if not isinstance(episodes, Episodes):
             raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
         episodes.validate()
-        check_weights(weights, episodes, episodes.support_x.dtype)
+        if weights is not None:
+            check_weights(weights, episodes, self._task.dtype)
         check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
         self._check_query_weights()
         signature = (episodes.signature, self.support_batch)
@@ -264,6 +272,9 @@ class GradientLearner(nn.Module):
         if network is not None:
             self._task.native.remember(signature, network)
         return network
+
+    def _check_classes(self, episodes: Episodes) -> None:
+        """Refuse masked episodes in which a task lacks classes that the learner needs."""
 
     def _check_fit(self, episodes: Episodes) -> None:
         """Refuse episodes that the model does not take, for what it gives."""

@@ -13,7 +13,7 @@ from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes
 from metafast.learners.base import GradientLearner
-from metafast.learners.protonets import check_every_class
+from metafast.learners.protonets import check_every_class, check_every_class_of_each
 from metafast.losses import resolve_loss
 from metafast.ops.prototypes import prototypes
 from metafast.rules import SGD
@@ -96,6 +96,12 @@ class ProtoMAML(GradientLearner):
             TypeError: always.
         """
         raise TypeError("ProtoMAML: a clone has no support set for its head to start from; call the learner or adapt()")
+
+    def _check_classes(self, episodes: Episodes) -> None:
+        episodes.validate()
+        if episodes.support_y.dtype == torch.int64:
+            ways = torch.full((episodes.tasks,), self.ways, device=episodes.support_y.device)
+            check_every_class_of_each(episodes, ways)
 
     def _start(self, x: Tensor, y: Tensor) -> Tensor:
         check_every_class(y, self.ways)

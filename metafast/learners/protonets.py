@@ -10,6 +10,7 @@ from metafast.engine.networks import NativeNetwork
 from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
+from metafast.learners.ragged import by_groups
 from metafast.losses import resolve_loss
 from metafast.ops.prototypes import METRICS, prototype_head, prototype_logits, prototypes
 
@@ -49,12 +50,16 @@ class ProtoNets(nn.Module):
         """Logits and losses of every task's queries; ``out.loss.backward()`` reaches the encoder.
 
         Args:
-            episodes: T classification tasks; in each, every class 0..ways-1 must have support.
+            episodes: T classification tasks; in each, every class 0..ways-1 must have support. With masks, ways is the
+                task's own, and -inf is the logit of a class that it lacks; tasks of each size are one call.
             weights: (T,) factors w_t of the tasks' losses; 1/T each when None.
 
         Raises:
             TypeError, ValueError: episodes or weights that do not fit the encoder, before any work.
         """
+        if isinstance(episodes, Episodes) and episodes.masked:
+            self._check_classes(episodes)
+            return by_groups(self, episodes, weights, by_ways=True)
         ways = self._check(episodes, weights)
         network = self._one_call(episodes, weights)
         if network is not None:
@@ -68,6 +73,9 @@ class ProtoNets(nn.Module):
 
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``."""
+        if isinstance(episodes, Episodes) and episodes.masked:
+            self._check_classes(episodes)
+            return by_groups(self, episodes, weights, accumulate=True, by_ways=True)
         ways = self._check(episodes, weights)
         network = self._one_call(episodes, weights)
         if network is not None and not network.hooked():
@@ -116,8 +124,15 @@ class ProtoNets(nn.Module):
             raise ValueError(f"query_y: expected labels below {ways}, the classes with support, got {top}")
         # Of one task, support and query together, as they will go through the encoder.
         self._task.check_inputs("support_x", torch.cat([episodes.support_x[:1], episodes.query_x[:1]], dim=1))
-        check_weights(weights, episodes, episodes.support_x.dtype)
+        if weights is not None:
+            check_weights(weights, episodes, self._task.dtype)
         return ways
+
+    def _check_classes(self, episodes: Episodes) -> None:
+        """Refuse masked episodes in which a class below a task's ways has no support."""
+        episodes.validate()
+        _count_ways("support_y", episodes.support_y)
+        check_every_class_of_each(episodes, episodes.ways)
 
 
 class AdaptedPrototypes:
@@ -152,3 +167,20 @@ def check_every_class(labels: Tensor, ways: int) -> None:
     if not bool(present.all()):
         task, label = (~present).nonzero()[0].tolist()
         raise ValueError(f"support_y: every class 0..{ways - 1} needs support, task {task} has none of {label}")
+
+
+def check_every_class_of_each(episodes: Episodes, ways: Tensor) -> None:
+    """The same for masked episodes with ways (T,), a number a task."""
+    labels, mask = episodes.support_y, episodes.support_mask
+    if mask is not None:
+        labels = labels.where(mask, labels[mask].min())
+    classes = torch.arange(int(max(ways.max(), labels.max() + 1)), device=labels.device)
+    seen = labels.unsqueeze(2) == classes
+    if mask is not None:
+        seen &= mask.unsqueeze(2)
+    missing = ~seen.any(1) & (classes < ways.unsqueeze(1))
+    if bool(missing.any()):
+        task, label = missing.nonzero()[0].tolist()
+        raise ValueError(
+            f"support_y: every class 0..{int(ways[task]) - 1} needs support, task {task} has none of {label}"
+        )

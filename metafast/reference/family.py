@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metafast.engine.batch_norm import check_policy, policy
-from metafast.episodes import Episodes, Outcome, outcome
+from metafast.episodes import Episodes, Outcome, check_dense, outcome
 from metafast.losses import LossSpec, resolve_loss
 from metafast.reference.learners import Gradient, Parameters, descend, moves, over_tasks
 
@@ -110,6 +110,7 @@ def protomaml(
     batch_norm: str = "batch",
 ) -> Outcome:
     """Proto-MAML (Triantafillou et al. 2020); the gradient flows through the head's start."""
+    check_dense(episodes, "the reference")
     check_policy(batch_norm, encoder)
     losses, logits = [], []
     with policy(encoder, batch_norm):

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from metafast.coordinatewise import CoordinatewiseOptimizer
 from metafast.engine.batch_norm import check_policy, policy
-from metafast.episodes import Episodes, Outcome, outcome
+from metafast.episodes import Episodes, Outcome, check_dense, outcome
 from metafast.losses import Loss, LossSpec, resolve_loss
 from metafast.lstm import LSTMOptimizer
 from metafast.mlp_optimizer import MLPOptimizer
@@ -145,6 +145,7 @@ def protonets(
     batch_norm: str = "batch",
 ) -> Outcome:
     """Prototypical Networks (Snell et al. 2017); arguments as :class:`metafast.ProtoNets`."""
+    check_dense(episodes, "the reference")
     check_policy(batch_norm, encoder)
     losses, logits = [], []
     with policy(encoder, batch_norm):
@@ -180,6 +181,7 @@ def over_tasks(
 
     ``adapt`` gives phi_0..phi_K.
     """
+    check_dense(episodes, "the reference")
     check_policy(batch_norm, model)
     theta: Parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses, logits = [], []
