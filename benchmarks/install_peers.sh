@@ -9,7 +9,8 @@
 # higher, TorchOpt and JAX install as they are. learn2learn 0.2.0 does not: the C files of its data sets are
 # of a Cython that knew no Python after 3.10, and importing it wants old versions of torchvision and gym. What it is
 # timed for, its algorithms, is plain Python: they are installed from its sdist without the data sets, gym, text and
-# vision, the rest as it is.
+# vision, the rest as it is. easyfsl 1.5.0 imports torchvision, whose wheels on PyPI are for another build of torch than
+# a CPU one, for the networks of three of its methods: it is installed without these three and without dependencies.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -40,6 +41,12 @@ if ! has learn2learn 0.2.0; then
   pip install --no-deps --no-build-isolation "$source"
 fi
 
+if ! has easyfsl 1.5.0; then
+  pip install --no-deps easyfsl==1.5.0
+  methods=$("$python" -I -c "import sysconfig; print(sysconfig.get_path('purelib'))")/easyfsl/methods
+  sed -i -E '/^from \.(feat|matching_networks|relation_networks) import/d' "$methods/__init__.py"
+fi
+
 # Built against this environment's torch; editable, so that the benchmark runs the working tree. So it must be the same
 # Python as .venv's, or that one's extension is replaced by another's.
 pip install --no-build-isolation --no-deps -e "$root"
@@ -49,7 +56,7 @@ pip install --no-build-isolation --no-deps -e "$root"
 import importlib
 from importlib.metadata import version
 
-for name in ("metafast", "learn2learn", "higher", "torchopt", "jax"):
-    importlib.import_module(name)
+for name in ("metafast", "learn2learn", "easyfsl", "higher", "torchopt", "jax"):
+    importlib.import_module("easyfsl.methods" if name == "easyfsl" else name)
     print(f"{name} {version(name)}")
 PYTHON

@@ -58,6 +58,21 @@ def _learn2learn(problem: Problem) -> Prepared:
     return _over_tasks(problem, task)
 
 
+def _easyfsl(problem: Problem) -> Prepared:
+    """Its own scores are -d, of queries that went through the backbone alone; the workload's are -d^2, and an episode's
+    batch statistics those of both sets together: so embedded first, and squared."""
+    methods = importlib.import_module("easyfsl.methods")
+    model, criterion = _plain(problem)
+    classifier = methods.PrototypicalNetworks()
+
+    def task(xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+        embedded = model(torch.cat([xs, xq]))
+        classifier.process_support_set(embedded[: len(xs)], ys)
+        return criterion(-classifier(embedded[len(xs) :]).square(), yq)
+
+    return _over_tasks(problem, task)
+
+
 def _higher(problem: Problem) -> Prepared:
     higher = importlib.import_module("higher")
     w, (model, criterion) = problem.workload, _plain(problem)
@@ -140,6 +155,7 @@ def _jax(problem: Problem) -> Prepared:
 _DENSE = ("mlp", "omniglot_fc", "tanh_mlp")
 
 LEARN2LEARN = Side("learn2learn", _learn2learn, ("maml", "protonets"), package="learn2learn")
+EASYFSL = Side("easyfsl", _easyfsl, ("protonets",), package="easyfsl")
 HIGHER = Side("higher", _higher, ("maml",), package="higher")
 TORCHOPT = Side("TorchOpt", _torchopt, ("maml",), package="torchopt")
 COMPILE = Side("torch.compile", compiled, ("maml",), _DENSE)
