@@ -5,6 +5,9 @@
 # make cuda-compile  compile the CUDA kernels for every major architecture (wants nvcc, no GPU)
 # make fuzz   1,000 random networks, episodes and learners against autograd, of which CI runs 50
 # make soak   100,000 meta-steps without growth of memory, which CI runs some thousands of
+# make cuda-check  build, import and test the extension with its CUDA part, and hold its kernels' registers and spills
+#             to benchmarks/cuda_kernels.json (no GPU; nvcc from pip; 6 GB, in .venv-cuda)
+# make cuda-table  accept the kernels' registers, spills and shared memory as they are now
 # make bench  every workload, into benchmarks/results
 # make omniglot  few-shot Omniglot from METAFAST_DATA's files, half an hour on two cores; OMNIGLOT=--resume goes on
 # make peers  the libraries to compare with, in .venv-peers
@@ -22,7 +25,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile format fuzz soak demo bench omniglot peers wheel wheel-test clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile cuda-extension cuda-check cuda-table format fuzz soak demo bench omniglot peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -90,6 +93,37 @@ fuzz: build
 
 soak: build
 	METAFAST_SOAK=100000 $(BIN)/python -m pytest -n 2 tests/test_memory.py
+
+# An environment of its own: torch with CUDA, and the compiler that the table is of, to the version.
+CUDA_VENV ?= .venv-cuda
+CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
+CUDA_PIP := $(CUDA_PYTHON) -m pip --disable-pip-version-check --quiet
+CUDA_TOOLS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-cccl==13.0.85 \
+  nvidia-cuda-cuobjdump==13.2.51
+CUDA_ARCHS := 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+CUDA_CHECK := build/cuda-check
+$(CUDA_VENV)/environment: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v ^torch== constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_PIP) install -c $(CUDA_VENV)/constraints.txt torch==2.14.1 $(CUDA_TOOLS) setuptools wheel ninja numpy \
+	  matplotlib pillow typer rich hypothesis pytest pytest-benchmark pytest-xdist
+	touch $@
+
+# A copy of the package, as for the sanitizers.
+cuda-extension: $(CUDA_VENV)/environment
+	rm -rf $(CUDA_CHECK)/site
+	METAFAST_SIMT=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	  CUDA_HOME="$$($(CUDA_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13" \
+	  $(CUDA_PIP) install --no-build-isolation --no-deps --target $(CUDA_CHECK)/site .
+	cp -r tests $(CUDA_CHECK)/site
+
+cuda-check: cuda-extension
+	cd $(CUDA_CHECK)/site && $(CUDA_PYTHON) -c "from metafast import _native; s = _native.status(); print(s.build); raise SystemExit('cuda' not in s.backends)"
+	$(CUDA_PYTHON) benchmarks/cuda_table.py
+	cd $(CUDA_CHECK)/site && $(CUDA_PYTHON) -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir . tests/engine tests/ops
+
+cuda-table: cuda-extension
+	$(CUDA_PYTHON) benchmarks/cuda_table.py --accept
 
 format: build
 	$(BIN)/ruff check --fix .

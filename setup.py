@@ -266,7 +266,13 @@ def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) ->
     with (folder / "build.ninja").open("w") as file:
         ninja = Writer(file, width=110)
         ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("nvcc", "$nvcc -MD -MF $out.d $nvccflags -c $in -o $out", depfile="$out.d", deps="gcc")
+        # What ptxas says of each kernel stays beside the object, for benchmarks/cuda_table.py.
+        ninja.rule(
+            "nvcc",
+            "$nvcc -MD -MF $out.d $nvccflags -Xptxas=-v -c $in -o $out >$out.ptxas 2>&1 || { cat $out.ptxas; exit 1; }",
+            depfile="$out.d",
+            deps="gcc",
+        )
         ninja.rule("link", "$cxx -shared $in -o $out $linkflags")
         ninja.variable("cxx", shlex.join(tools.cxx))
         ninja.variable("flags", shlex.join(cxx))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metafast import _check
-from metafast.backend import current_backend
+from metafast.backend import Refusal, current_backend
 
 _INFO = Path(__file__).parent / "_build_info.json"
 _REMEDY = (
@@ -185,7 +185,7 @@ def runs(name: str, *tensors: Tensor, kernels: tuple[str, ...], obstacle: str | 
     if device != ("cpu" if backend == "simt" else backend):
         raise ValueError(f"{name}: backend {backend!r} is forced, got {_check.describe(tensors[0])}")
     if obstacle is not None:
-        raise ValueError(f"{name}: backend {backend!r} is forced, but {obstacle}")
+        raise Refusal(f"{name}: backend {backend!r} is forced, but {obstacle}")
     return True
 
 

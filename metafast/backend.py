@@ -28,6 +28,10 @@ def current_backend() -> str:
     return _current
 
 
+class Refusal(ValueError):
+    """A backend is forced, and this has no kernels there."""
+
+
 class use_backend:
     """Force a backend, for good or for a ``with`` block.
 

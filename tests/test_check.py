@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor
 
 import metafast as mf
-from metafast import checks, ops
+from metafast import _native, checks, ops
+from metafast.backend import Refusal, current_backend
 from metafast.checks import Case, Finding
-from metafast.checks.compare import moved
+from metafast.checks.compare import full_float32, moved
 from metafast.cli import main
-from metafast.cli.check import explained, rows
+from metafast.cli.check import explained, refusals, rows
+from tests.backends import kernels_of, native
 
 
 def findings_of(subject: str, case: str = "") -> list[Finding]:
@@ -166,7 +170,7 @@ def test_a_row_shows_the_worst_error() -> None:
         Finding("op", "case", "first derivatives", "float64", 1e-3, 1e-10),
         Finding("op", "case", "values", "float32", 1e-7, 1e-5),
     ]
-    assert rows(group) == [("op", "case", "1e-03", "1e-07", "1e-05", "MISSED")]
+    assert rows(group) == [("op", "case", "", "1e-03", "1e-07", "1e-05", "MISSED")]
     assert explained(group[1]) == (
         "op, case, first derivatives, float64: relative error 1.00e-03, at most 1.00e-10 allowed"
     )
@@ -179,10 +183,107 @@ def test_a_row_shows_the_worst_error() -> None:
         (["--device", "cuda:99"], "--device"),
         (["--backend", "nix"], "backend: expected one of"),
         (["--threads", "0"], "--threads"),
+        (["--subject", "nix"], "subject: expected one of"),
+        pytest.param(
+            ["--backend", "simt", "--json", "/dev/null/x"], "/dev/null", marks=kernels_of("simt"), id="no such folder"
+        ),
     ],
 )
-def test_bad_input(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks.suite, "examine", raises)  # before any work
     assert main(["check", *options]) == 2
     captured = capsys.readouterr()
     assert words in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+# --- who computed ------------------------------------------------------------------------------------------------
+
+
+def test_no_gpu_is_one_line_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(checks.suite, "examine", raises)
+    assert main(["check", "--device", "cuda", "--json", str(tmp_path / "never.json")]) == 2
+    assert "this PyTorch sees 0 CUDA devices" in capsys.readouterr().err
+    assert not (tmp_path / "never.json").exists()
+
+
+@native
+def test_the_kernels_compute_what_they_take_and_torch_the_rest() -> None:
+    """And a finding says which, and why not the kernels."""
+    by = {(f.subject, f.case): f.by for found in checks.run(quick=True, subjects=["hvp", "MAML"]) for f in found}
+    assert by["hvp", "of a function"] == by["hvp", "of a module"] == "torch"
+    assert set(by.values()) == {"torch", "cpu"}
+    assert {by["hvp", "of a network's loss"], by["MAML", "MLP, 1 step"]} == {"cpu"}
+    (found,) = {f.by for some in checks.run(backend="torch", quick=True, subjects=["inner_update"]) for f in some}
+    assert found == "torch"
+
+
+@native
+def test_a_refused_case_goes_to_torch_unless_the_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = ops.inner_update
+
+    def picky(params: Any, grads: Any, lr: Any) -> Any:
+        if current_backend() == "cpu" and params[0].dtype == torch.float64:
+            raise Refusal("params: backend 'cpu' is forced, but the moon is full")
+        return used(params, grads, lr)
+
+    monkeypatch.setattr(ops, "inner_update", picky)
+    found = [f for some in checks.run(quick=True, subjects=["inner_update"]) for f in some]
+    assert all(f.passed for f in found)
+    assert {f.dtype: f.by for f in found} == {"float64": "torch", "float32": "cpu"}
+    assert refusals(found) == ["by torch: inner_update: the moon is full"]
+    forced = [f for some in checks.run(backend="cpu", quick=True, subjects=["inner_update"]) for f in some]
+    assert {f.dtype: f.passed for f in forced} == {"float64": False, "float32": True}
+    assert "the moon is full" in explained(forced[0])
+    assert refusals(forced) == []
+
+
+def test_a_backend_on_the_wrong_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="^(backend: 'cuda' computes on cuda tensors|name: )"):
+        checks.run(backend="cuda")
+    monkeypatch.setattr(checks.suite, "_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="^backend: 'cpu' computes on cpu tensors, the device is 'cuda'$"):
+        checks.run(device="cuda", backend="cpu") if not _native.missing("cpu") else pytest.skip("no extension")
+
+
+@pytest.mark.native
+@pytest.mark.skipif(bool(_native.missing("simt")), reason=_native.missing("simt"))
+def test_the_emulated_kernels_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The very path that a GPU takes, on the emulator, and its JSON."""
+    file = tmp_path / "deep" / "check.json"
+    subjects = ["inner_update", "prototype_logits", "prototype_loss", "lstm_update", "mlp_meta_step"]
+    options = [option for subject in subjects for option in ("--subject", subject)]
+    assert main(["check", "--quick", "--backend", "simt", "--json", str(file), *options]) == 0
+    document = json.loads(file.read_text())
+    assert document["settings"] == {"device": "cpu", "backend": "simt", "quick": True}
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["passed"]
+    assert {f["by"] for f in document["findings"]} == {"simt"}
+    assert {f["subject"] for f in document["findings"]} == set(subjects)
+    assert all(f["passed"] and f["error"] <= f["bar"] for f in document["findings"])
+    printed = capsys.readouterr().out
+    assert f"wrote {file}" in printed
+
+
+def test_the_json_of_a_failure_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ops, "inner_update", raises)
+    assert main(["check", "--quick", "--subject", "inner_update", "--json", str(tmp_path / "x.json")]) == 1
+    document = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert not document["passed"]
+    assert document["findings"][0]["error"] is None
+    assert "out of registers" in document["findings"][0]["note"]
+
+
+def test_float32_is_whole_during_a_check() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    assert cudnn.allow_tf32  # PyTorch's own choice
+    with full_float32():
+        assert not cudnn.allow_tf32
+        assert not matmul.allow_tf32
+    assert (cudnn.allow_tf32, matmul.allow_tf32) == before

@@ -9,7 +9,7 @@ namespace metafast::METAFAST_GPU {
 template <class Real>
 void inner_update(const InnerUpdate<Real>& arguments, CUstream_st* stream) {
   if (arguments.tasks == 0 || arguments.size == 0) return;  // CUDA refuses an empty grid
-  constexpr int64_t kBlock = 256;
+  constexpr int64_t kBlock = kInnerUpdateThreads;
   constexpr int64_t kMostBlocks = 4096;  // of parameters; more go round the kernel's loop
   constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y
   const auto blocks = std::min((arguments.size + kBlock - 1) / kBlock, kMostBlocks);

@@ -8,8 +8,10 @@
 
 namespace metafast::METAFAST_GPU {
 
+constexpr int kInnerUpdateThreads = 256;
+
 template <class Real>
-__global__ void inner_update_kernel(InnerUpdate<Real> a) {
+__global__ void __launch_bounds__(kInnerUpdateThreads) inner_update_kernel(InnerUpdate<Real> a) {
   const int64_t stride = int64_t(blockDim.x) * gridDim.x;
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t task = blockIdx.y; task < a.tasks; task += gridDim.y) {

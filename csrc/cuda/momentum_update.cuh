@@ -8,8 +8,10 @@
 
 namespace metafast::METAFAST_GPU {
 
+constexpr int kMomentumThreads = 256;
+
 template <class Real>
-__global__ void momentum_update_kernel(MomentumUpdate<Real> a) {
+__global__ void __launch_bounds__(kMomentumThreads) momentum_update_kernel(MomentumUpdate<Real> a) {
   const int64_t stride = int64_t(blockDim.x) * gridDim.x;
   for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < a.count; at += stride) {
     const Real before = a.velocity == nullptr ? Real(0) : a.velocity[at];

@@ -8,8 +8,10 @@
 
 namespace metafast::METAFAST_GPU {
 
+constexpr int kWeightedSumThreads = 256;
+
 template <class Real>
-__global__ void weighted_sum_kernel(WeightedSum<Real> a) {
+__global__ void __launch_bounds__(kWeightedSumThreads) weighted_sum_kernel(WeightedSum<Real> a) {
   const int64_t stride = int64_t(blockDim.x) * gridDim.x;
   for (int64_t param = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; param < a.size; param += stride) {
     Real sum = 0;

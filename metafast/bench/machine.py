@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,8 +19,12 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def describe_machine() -> dict[str, Value]:
-    """The machine and the versions at hand, as plain JSON values; None for what the system does not tell."""
+def describe_machine(device: torch.device | None = None) -> dict[str, Value]:
+    """The machine and the versions at hand, as plain JSON values; None for what the system does not tell.
+
+    Args:
+        device: the one that computes; its GPU, where it is one, is told of in more words.
+    """
     status = _native.status()
     return {
         "cpu": _cpu_name(),
@@ -31,13 +37,39 @@ def describe_machine() -> dict[str, Value]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else None,
+        **(_gpu(device) if device is not None and device.type == "cuda" else {}),
         "metafast": __version__,
         "extension": "loaded" if status.available else status.reason,
         "isa": status.isa or None,
         "compiler": status.build.compiler if status.available and status.build else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _gpu(device: torch.device) -> dict[str, Value]:
+    """What a time on a GPU hangs on, besides its name."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        **_nvidia_smi(str(properties.uuid)),
+    }
+
+
+def _nvidia_smi(uuid: str) -> dict[str, Value]:
+    """The driver, the highest clock and the power limit of a GPU; None where nvidia-smi is not there or fails."""
+    asked = {"driver_version": "gpu_driver", "clocks.max.sm": "gpu_max_clock", "power.limit": "gpu_power_limit"}
+    values: list[str | None] = [None] * len(asked)
+    if program := shutil.which("nvidia-smi"):
+        command = [program, f"--id=GPU-{uuid}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        answers = [value.strip() for value in done.stdout.split(",")]
+        if done.returncode == 0 and len(answers) == len(asked):
+            values = [*answers]
+    return dict(zip(asked.values(), values))
 
 
 def _cpu_name() -> str:

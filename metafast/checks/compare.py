@@ -2,7 +2,8 @@
 
 float64: relative error at most 1e-10 against plain float64 on the CPU.
 float32: against plain float64 on the CPU, of the same float32 inputs, at most twice the error that plain float32
-PyTorch makes on the same device, plus 1e-5; never more than 1e-2, or a case on which PyTorch itself is lost would pass.
+PyTorch makes on the same device (without TF32), plus 1e-5; never more than 1e-2, or a case on which PyTorch itself is
+lost would pass.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metafast.backend import Refusal
 from metafast.episodes import Episodes
 
 BAR_FLOAT64 = 1e-10
@@ -38,6 +42,8 @@ class Case:
         metafast: what is checked: inputs to named quantities, a few tensors each.
         plain: the same quantities in plain PyTorch.
         dtypes: those that the case is for.
+        by_torch: PyTorch's own derivatives do it on every backend.
+        only: the backends that alone have it; all have where empty.
     """
 
     subject: str
@@ -46,13 +52,16 @@ class Case:
     metafast: Callable[[Inputs], Quantities]
     plain: Callable[[Inputs], Quantities]
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+    by_torch: bool = False
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finding:
     """The worst relative error of one quantity, in one dtype, and the bar it is held to.
 
-    ``note`` says what went wrong where there is no error to compare: the computation raised.
+    ``note`` says what went wrong where there is no error to compare: the computation raised. ``by`` is what computed,
+    a backend's kernels or torch, and ``refusal`` why it was not the kernels.
     """
 
     subject: str
@@ -62,6 +71,8 @@ class Finding:
     error: float
     bar: float
     note: str = ""
+    by: str = ""
+    refusal: str = ""
 
     @property
     def passed(self) -> bool:
@@ -101,10 +112,36 @@ def moved(inputs: Inputs, device: torch.device | str, dtype: torch.dtype) -> Inp
     return {name: move(value) for name, value in inputs.items()}
 
 
-def examine(case: Case, device: torch.device | str, dtype: torch.dtype) -> list[Finding]:
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 with all its digits on a GPU too, where cuDNN's convolutions keep ten bits of them (TF32) otherwise."""
+    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)  # whose settings have no types
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before):
+            place.allow_tf32 = allowed
+
+
+def examine(
+    case: Case, device: torch.device | str, dtype: torch.dtype, by: str = "", refusal: str = ""
+) -> list[Finding]:
     """The findings of a case in one dtype, a quantity each.
 
     What the computation raises becomes a finding that fails, so that one broken operator does not hide the others.
+
+    Args:
+        case: what to examine.
+        device: where.
+        dtype: in what.
+        by: what computes, for the findings.
+        refusal: why the kernels do not, for the findings.
+
+    Raises:
+        Refusal: a backend is forced that has no kernels for the case.
     """
     name = str(dtype).removeprefix("torch.")
     errors: dict[str, float] = {}
@@ -117,11 +154,14 @@ def examine(case: Case, device: torch.device | str, dtype: torch.dtype) -> list[
             _keep_worst(errors, found, wanted)
             if dtype != torch.float64:
                 _keep_worst(plain_errors, case.plain(moved(inputs, device, dtype)), wanted)
+    except Refusal:
+        raise
     except Exception as error:
         note = f"{type(error).__name__}: {error}"
-        return [Finding(case.subject, case.name, "all", name, math.inf, BAR_FLOAT64, note)]
+        return [Finding(case.subject, case.name, "all", name, math.inf, BAR_FLOAT64, note, by, refusal)]
+    bars = {quantity: _bar(dtype, plain_errors.get(quantity, 0.0)) for quantity in errors}
     return [
-        Finding(case.subject, case.name, quantity, name, error, _bar(dtype, plain_errors.get(quantity, 0.0)))
+        Finding(case.subject, case.name, quantity, name, error, bars[quantity], "", by, refusal)
         for quantity, error in errors.items()
     ]
 

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafast import ops
+from metafast import ops, reference
 from metafast.checks.compare import Case, Inputs, Quantities
+from metafast.episodes import Episodes
 from metafast.losses import mse
 from metafast.lstm import LSTMOptimizer
+from metafast.models import MLP
 from metafast.reference import lstm_step
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -27,6 +29,7 @@ def operator_cases(quick: bool) -> Iterator[Case]:
     yield from _prototype_cases(quick)
     yield from _hvp_cases()
     yield from _lstm_cases(quick)
+    yield from _mlp_meta_step_cases(quick)
 
 
 def derivatives(function: Function, tensors: Sequence[Tensor], order: int = 2) -> Quantities:
@@ -247,8 +250,26 @@ def _hvp_cases() -> Iterator[Case]:
         vector = [p.detach() for p in other.parameters()]
         return {"values": torch.autograd.grad(gradient, leaves, vector, materialize_grads=True)}
 
-    yield Case("hvp", "of a function", (function_inputs,), ours, plain)
-    yield Case("hvp", "of a module", (module_inputs,), ours_of_module, plain_of_module)
+    def loss_inputs() -> Inputs:
+        return module_inputs() | {"y": _draw(3, 5, 2)}
+
+    def ours_of_loss(inputs: Inputs) -> Quantities:
+        module, other = (cast(_Energy, inputs[name]).net for name in ("module", "vector"))
+        params, vector = ({n: p.detach() for n, p in m.named_parameters()} for m in (module, other))
+        product = ops.hvp(module, params, vector, inputs["x"], inputs["y"], loss="mse")
+        assert isinstance(product, dict)  # like params
+        return {"values": [product[name] for name in params]}
+
+    def plain_of_loss(inputs: Inputs) -> Quantities:
+        module, other = (cast(_Energy, inputs[name]).net for name in ("module", "vector"))
+        leaves = list(module.parameters())
+        value = mse(module(inputs["x"]), cast(Tensor, inputs["y"]))
+        gradient = torch.autograd.grad(value, leaves, create_graph=True)
+        return {"values": torch.autograd.grad(gradient, leaves, [p.detach() for p in other.parameters()])}
+
+    yield Case("hvp", "of a function", (function_inputs,), ours, plain, by_torch=True)
+    yield Case("hvp", "of a module", (module_inputs,), ours_of_module, plain_of_module, by_torch=True)
+    yield Case("hvp", "of a network's loss", (loss_inputs,), ours_of_loss, plain_of_loss)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -285,3 +306,49 @@ def _lstm_cases(quick: bool) -> Iterator[Case]:
     for layers in (1, 2):
         draws = tuple(partial(inputs, layers, hidden, count) for hidden, count in sizes)
         yield Case("lstm_update", f"{layers} layer{'s' * (layers > 1)}", draws, _over(ours), _over(plain))
+
+
+# --- mlp_meta_step, which mf.ops does not have: the kernel of GPUs for small networks ------------------------------
+
+
+def _mlp_meta_step_cases(quick: bool) -> Iterator[Case]:
+    lr, steps = 0.3, 3
+
+    def inputs(tasks: int, shots: int, queries: int, widths: tuple[int, ...]) -> Inputs:
+        first, *hidden, last = widths
+
+        def side(seed: int, samples: int) -> tuple[Tensor, Tensor]:
+            return _draw(seed, tasks, samples, first), _draw(seed + 1, tasks, samples, last)
+
+        return {
+            "model": seeded(lambda: MLP(first, tuple(hidden), last, "tanh"), 0),
+            "episodes": Episodes(*side(1, shots), *side(3, queries)),
+            "weights": torch.linspace(0.2, 0.7, tasks, dtype=torch.float64),
+        }
+
+    def parts(inputs: Inputs) -> tuple[nn.Module, Episodes, Tensor]:
+        return cast(nn.Module, inputs["model"]), cast(Episodes, inputs["episodes"]), cast(Tensor, inputs["weights"])
+
+    def ours(inputs: Inputs) -> Quantities:
+        model, e, weights = parts(inputs)
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        widths = [linears[0].in_features, *(m.out_features for m in linears)]
+        theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        sets = (e.support_x, e.support_y, e.query_x, e.query_y)
+        losses, logits, _, summed = torch.ops.metafast.mlp_meta_step(
+            theta, widths, "tanh", "mse", *sets, lr, steps, False, weights
+        )
+        return {"outcome": (losses, logits), "gradient": (summed,)}
+
+    def plain(inputs: Inputs) -> Quantities:
+        model, e, weights = parts(inputs)
+        out = reference.maml(model, e, lr=lr, steps=steps, loss="mse", weights=weights)
+        out.loss.backward()
+        gradient = torch.cat([cast(Tensor, p.grad).reshape(-1) for p in model.parameters()])
+        return {"outcome": (out.losses, out.logits), "gradient": (gradient,)}
+
+    sizes = [(1, 1, 1, (1, 1, 1)), (3, 5, 7, (3, 13, 5, 2))]
+    if not quick:
+        sizes.append((2, 10, 10, (1, 40, 40, 1)))
+    draws = tuple(partial(inputs, *size) for size in sizes)
+    yield Case("mlp_meta_step", f"{steps} steps", draws, ours, plain, only=("simt", "cuda"))

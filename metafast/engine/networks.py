@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metafast import _check, _native
-from metafast.backend import current_backend
+from metafast.backend import Refusal, current_backend
 from metafast.engine.guard import Guard, NotLowered
 from metafast.engine.lowering.lower import lower
 from metafast.engine.recent import remember
@@ -187,7 +187,7 @@ class Networks:
         if isinstance(found, NativeNetwork):
             return found
         if backend != "auto":
-            raise ValueError(f"{self._task.argument}: backend {backend!r} is forced, but {found}")
+            raise Refusal(f"{self._task.argument}: backend {backend!r} is forced, but {found}")
         return None
 
     def reason(self, x: Tensor) -> str | None:
