@@ -141,9 +141,13 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def kernels_of(ptxas: str, ptx: str) -> dict[str, Kernel]:
-    """The table of a build by readable name: ptxas's output for all files, and the PTX inside."""
-    usages, bounds = parse_ptxas(ptxas), parse_ptx(ptx)
+def kernels_of(files: Iterable[tuple[str, str]]) -> dict[str, Kernel]:
+    """The table of a build by readable name: what ptxas said, and the PTX, of each file."""
+    usages: dict[tuple[str, str], Usage] = {}
+    bounds: dict[str, tuple[int, bool]] = {}
+    for said, ptx in files:
+        usages |= parse_ptxas(said)
+        bounds |= parse_ptx(ptx)
     short = readable(name for name, _ in usages)
     kernels: dict[str, Kernel] = {}
     for name in sorted(short, key=lambda name: short[name]):
@@ -246,13 +250,13 @@ def built(site: Path) -> tuple[Path, str]:
 def read(folder: Path) -> dict[str, Kernel]:
     """The kernels of a build, from what ptxas left beside the objects and from the objects' PTX."""
     cuobjdump = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "cuobjdump")
-    csrc, said, ptx = ROOT / "csrc", [], []
+    csrc, files = ROOT / "csrc", []
     for source in sorted(csrc.rglob("*.cu")):
         target = folder / f"{source.relative_to(csrc)}.o"
-        said.append(target.with_name(f"{target.name}.ptxas").read_text())
+        said = target.with_name(f"{target.name}.ptxas").read_text()
         dump = subprocess.run([cuobjdump, "--dump-ptx", target], check=True, stdout=subprocess.PIPE, text=True)
-        ptx.append(dump.stdout)
-    return kernels_of("\n".join(said), "\n".join(ptx))
+        files.append((said, dump.stdout))
+    return kernels_of(files)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,7 +26,10 @@ def table(path: Path) -> str:
             cells.append(f"{plain(ms[name])} ms ({plain(ms[name] / ms['accumulate_grad'])}x)" if name in ms else "-")
         if set(cells) != {"-"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['isa']}, torch {machine['torch']}."]
+    where = f"{machine['cpu']}, {machine['torch_threads']} threads, {machine['isa']}"
+    if document["settings"].get("device", "cpu").startswith("cuda"):
+        where = machine["gpu"]
+    lines += ["", f"{where}, torch {machine['torch']}."]
     return "\n".join(lines)
 
 

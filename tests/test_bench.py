@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from metafast import bench, checks
-from metafast.bench import peers, report, sides, suites
+from metafast.bench import machine, peers, report, roofline, sides, suites
+from metafast.bench.cost import Call, Cost, cost_of, seconds
 from metafast.bench.peers import compiled
 from metafast.bench.sides import Prepared, Side
-from metafast.bench.timing import MIN_ROUNDS, WARM_UP_CALLS, alternate
+from metafast.bench.timing import MIN_ROUNDS, WARM_UP_CALLS, alternate, by_events, stopwatch
 from metafast.bench.workloads import WORKLOADS, Problem, Workload, build
 from metafast.cli import main
 from metafast.cli.info import facts
@@ -90,6 +91,62 @@ def test_alternate_arguments() -> None:
         alternate({"a": lambda: None}, seconds=-1.0)
     with pytest.raises(ValueError, match="^sides: "):
         alternate({}, seconds=1.0)
+
+
+class FakeGpu:
+    """Works through what the host has started; events have its time, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.host = self.free = 0.0
+        self.waits = 0
+
+    def __call__(self) -> float:
+        return self.host
+
+    def side(self, to_start: float, to_run: float) -> Callable[[], None]:
+        def step() -> None:
+            self.host += to_start
+            self.free = max(self.free, self.host) + to_run
+
+        return step
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu, self.at = gpu, float("nan")
+
+    def record(self, stream: object) -> None:
+        assert stream == "stream"
+        self.at = max(self.gpu.free, self.gpu.host)
+
+    def synchronize(self) -> None:
+        self.gpu.host = max(self.gpu.host, self.at)
+        self.gpu.waits += 1
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert other.at <= self.gpu.host, "an event's time is asked for before it is reached"
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.mark.parametrize(("to_start", "to_run"), [(1e-5, 2e-3), (2e-3, 1e-5)], ids=["GPU", "host"])
+def test_events_give_the_longer_of_the_gpus_and_the_hosts_time(to_start: float, to_run: float) -> None:
+    """A clock on the host alone would see 10 us in the first case."""
+    gpu = FakeGpu()
+    measure = by_events(gpu.event, lambda: "stream")
+    assert measure(gpu.side(to_start, to_run), 100) / 100 == pytest.approx(2e-3, rel=0.02)
+    assert gpu.waits == 1  # not after each call
+    timings = alternate({"a": gpu.side(to_start, to_run)}, seconds=1.0, clock=gpu, measure=measure)
+    assert timings["a"].median == pytest.approx(2e-3, rel=0.06)
+    assert timings["a"].calls == 10
+    assert gpu.host == pytest.approx(1.0, abs=0.5)
+
+
+def test_the_device_chooses_the_stopwatch() -> None:
+    assert stopwatch(torch.device("cpu"))[0] == "perf_counter"
+    assert stopwatch(torch.device("cuda", 1))[0] == "cuda events"
 
 
 # --- workloads and sides -----------------------------------------------------------------------------------------
@@ -222,6 +279,91 @@ def test_peers_that_are_missing_or_cannot_do_it_are_named() -> None:
     assert result_of(Side("images", breaks, nets=("conv4",)))["status"] == "not for mlp"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("side", all_sides(), ids=lambda side: side.name)
+def test_sides_agree_on_a_gpu(side: Side) -> None:
+    for workload in TINY_NETS.values():
+        if "cuda" in side.devices and not side.obstacle(workload):
+            problem = build(workload)
+            wanted = suites.reference_gradient(problem)
+            prepared = side.prepare(problem.copy(torch.float64, torch.device("cuda")))
+            assert suites.gradient_error(prepared, wanted) < suites.EXACT
+
+
+def test_what_is_for_gpus_takes_no_part_on_a_cpu() -> None:
+    suite = suites.Suite("own", (), (sides.AUTOGRAD, sides.GRAPH))
+    document = bench.run(suite, [TINY], seconds=0.0)
+    assert [side["side"] for side in document["workloads"][0]["sides"]] == ["metafast"]
+    assert document["settings"]["device"] == "cpu"
+    assert document["settings"]["timer"] == "perf_counter"
+
+
+# --- cost and roofline -------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_meta_step_by_hand() -> None:
+    """One step of a 1-40-40-1 net: three products of a forward's size in a gradient, nine in a Hessian's."""
+    forward, first = 2 * (40 + 1600 + 40), 2 * 40
+    gradient, hessian = 3 * forward - first, 9 * forward - 5 * first
+    parameters = 40 + 40 + 1600 + 40 + 40 + 1
+    for name, steps in (("sinusoid-k1", 1), ("sinusoid-k5", 5)):
+        wanted = 25 * (10 * ((steps + 1) * gradient + steps * hessian) + steps * 2 * parameters)
+        assert cost_of(WORKLOADS[name]).flops == wanted
+    # The prototypes' net is forward and backward once, and the head's three products.
+    few = cost_of(TINY_NETS["protonets"])
+    more = cost_of(replace(TINY_NETS["protonets"], tasks=4))
+    assert (more.flops, more.bytes > few.bytes, more.launches) == (2 * few.flops, True, few.launches)
+
+
+def test_launches_of_a_meta_step_by_hand() -> None:
+    """Three fused layers: 3 + 1 + (1 + 2 + 2) in a gradient, as many more in a Hessian; update, adjoint and sum."""
+    assert cost_of(WORKLOADS["sinusoid-k1"]).launches == 2 * 9 + 9 + 9 + 2 + 1
+    assert cost_of(WORKLOADS["sinusoid-k5"]).launches == 6 * 9 + 5 * (9 + 9 + 2) + 1
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_has_a_cost(name: str) -> None:
+    cost = cost_of(WORKLOADS[name])
+    assert min(cost.flops, cost.bytes, cost.launches) > 0
+    assert cost.json() == {"flops": cost.flops, "bytes": cost.bytes, "launches": cost.launches}
+    assert seconds(cost, 1e99, 1e99, 1.0) == cost.launches
+    assert seconds(cost, 1.0, 1e99, 0.0) == pytest.approx(cost.flops)
+
+
+def test_a_call_takes_the_longest_of_what_bounds_it() -> None:
+    cost = Cost((Call("a", 12, 1, launches=2), Call("b", 1, 40)))
+    assert seconds(cost, 2.0, 10.0, 1.0) == 6.0 + 4.0
+
+
+def test_the_roofline_is_measured_and_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = roofline.Sizes(2**16, 64, 2, 1000, 8, 16)
+    document = {"roofline": roofline.measure(torch.device("cpu"), 0.0, tiny)}
+    ceilings, operators = document["roofline"]["ceilings"], document["roofline"]["operators"]
+    assert {"copy_bytes_per_second", "float32_flops_per_second", "launch_seconds"} <= set(ceilings)
+    assert all(value > 0 for value in ceilings.values())
+    for work in operators:
+        bound = max(
+            work["bytes"] / ceilings["copy_bytes_per_second"], work["flops"] / ceilings["float32_flops_per_second"]
+        )
+        assert work["share"] == pytest.approx(bound / work["seconds"])
+    assert [row[0] for row in report.operators(document)] == ["inner_update", "prototype_loss", "lstm_update"]
+    assert "GB/s" in report.ceilings(document)
+
+
+def test_a_gpu_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert machine._nvidia_smi("7")["gpu_driver"] is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ntest "$1" = --id=GPU-7 && echo "580.65, 1980 MHz, 700.00 W"\n')
+    program.chmod(0o755)
+    assert machine._nvidia_smi("7") == {
+        "gpu_driver": "580.65",
+        "gpu_max_clock": "1980 MHz",
+        "gpu_power_limit": "700.00 W",
+    }
+    assert set(machine._nvidia_smi("8").values()) == {None}
+
+
 # --- reporting ---------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +415,24 @@ def test_problems_are_metafasts_own(document: dict[str, Any]) -> None:
     assert line.startswith("tiny: accumulate_grad differs, relative error 2e-01 in float64")
 
 
+def test_what_metafast_fails_at_on_a_gpu_is_a_problem(document: dict[str, Any]) -> None:
+    spoilt = copy.deepcopy(document)
+    spoilt["workloads"][0]["sides"][1] = {
+        "side": "accumulate_grad, graph",
+        "ours": True,
+        "status": "failed",
+        "reason": "RuntimeError: a capture waits",
+    }
+    assert bench.problems(spoilt) == ["tiny: accumulate_grad, graph failed, RuntimeError: a capture waits"]
+
+
+def test_a_picture_names_the_gpu(document: dict[str, Any]) -> None:
+    assert report.computer(document).startswith("1 threads, ")
+    on_gpu = copy.deepcopy(document)
+    on_gpu["settings"]["device"], on_gpu["machine"]["gpu"] = "cuda:0", "NVIDIA H100"
+    assert report.computer(on_gpu) == "NVIDIA H100"
+
+
 def test_a_busy_machine_is_said(document: dict[str, Any]) -> None:
     loaded = copy.deepcopy(document)
     loaded["machine"] |= {"load_average": 1.0, "logical_cpus": 2}
@@ -311,6 +471,18 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "new" / "reference.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_measures_the_roofline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "SMALL", roofline.Sizes(2**16, 64, 2, 1000, 8, 16))
+    options = ["--workload", "sinusoid-k1", "--seconds", "0", "--roofline", "--out", str(tmp_path)]
+    assert main(["bench", *options]) == 0
+    written = json.loads((tmp_path / "reference.json").read_text())
+    assert written["roofline"]["operators"][0]["name"] == "inner_update"
+    assert written["workloads"][0]["cost"] == cost_of(WORKLOADS["sinusoid-k1"]).json()
+    assert "roofline: copy" in capsys.readouterr().out
+
+
 def test_a_wrong_metafast_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Side("metafast", first_order, ours=True)
     monkeypatch.setitem(suites.SUITES, "reference", suites.Suite("own", (), (wrong, sides.REFERENCE)))
@@ -325,6 +497,8 @@ def test_a_wrong_metafast_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
         (["--seconds", "-1"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
         (["--threads", "0"], "--threads"),
+        (["--device", "nix"], "--device: expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' is not there"),
     ],
 )
 def test_bad_input(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

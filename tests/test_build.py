@@ -22,8 +22,9 @@ PACKAGES = Path(torch.__file__).parents[1]
 KERNELS = [file for file in sorted(CSRC.rglob("*")) if file.is_file() and "torch" not in file.relative_to(CSRC).parts]
 
 
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("metafast_setup", ROOT / "setup.py")
+def load_module(name: str, path: Path) -> ModuleType:
+    """A Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -31,7 +32,7 @@ def load_setup() -> ModuleType:
     return module
 
 
-setup = load_setup()
+setup = load_module("metafast_setup", ROOT / "setup.py")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+// Every kernel has __launch_bounds__(threads), or (threads, 1) where ptxas would rather spill registers than
+// have fewer blocks on a multiprocessor; `make cuda-check` finds both wanting.
 #ifdef __CUDACC__
 
 #define METAFAST_GPU cuda

@@ -300,7 +300,8 @@ inline int64_t lstm_backward_rows(int64_t hidden, int64_t layers) {
 }
 
 template <class Real, bool kShared>
-__global__ void __launch_bounds__(kLstmThreads) lstm_backward_kernel(const LstmLaunch<Real> a, int64_t rows) {
+__global__ void __launch_bounds__(kLstmThreads, 1)
+    lstm_backward_kernel(const LstmLaunch<Real> a, int64_t rows) {
   METAFAST_DYNAMIC_SHARED(Real, memory);
   LstmTile<Real> tile(a, memory);
   const int h = a.hidden, unit = h * kLstmRow;

@@ -213,7 +213,7 @@ class MlpTask {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kMlpThreads)
+__global__ void __launch_bounds__(kMlpThreads, 1)
     mlp_meta_step_kernel(const MlpMetaStep<Real> a, const MlpLayout layout) {
   METAFAST_DYNAMIC_SHARED(Real, memory);
   const int64_t t = blockIdx.x;

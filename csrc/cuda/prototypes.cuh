@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kHeadThreads)
 
 // logits, and with labels residual and sums: a block a tile of queries.
 template <class Real>
-__global__ void __launch_bounds__(kHeadThreads) prototype_scores_kernel(const HeadLaunch<Real> a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) prototype_scores_kernel(const HeadLaunch<Real> a) {
   constexpr int kTile = int(kPrototypeTile), kRow = kHeadFeatures + 1;
   constexpr int kPairs = kTile * kHeadClasses / kHeadThreads;  // of a query and a class, of a thread
   METAFAST_SHARED(Real, queries, [kTile][kRow]);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kHeadThreads) prototype_scores_kernel(const He
 
 // W, and with cosines self: a warp a query.
 template <class Real>
-__global__ void __launch_bounds__(kHeadThreads) prototype_weights_kernel(const HeadLaunch<Real> a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) prototype_weights_kernel(const HeadLaunch<Real> a) {
   const PrototypeHead<Real>& h = a.h;
   const int lane = int(threadIdx.x) % 32;
   const bool cosine = h.metric == Metric::cosine;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kHeadThreads) prototype_weights_kernel(const H
 
 // d_query: a block a few queries, a thread a feature of each.
 template <class Real>
-__global__ void __launch_bounds__(kHeadThreads) prototype_pull_kernel(const HeadLaunch<Real> a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) prototype_pull_kernel(const HeadLaunch<Real> a) {
   METAFAST_SHARED(Real, weights, [kPullClasses][kPullQueries]);
   const PrototypeHead<Real>& h = a.h;
   const bool cosine = h.metric == Metric::cosine;
@@ -268,7 +268,7 @@ __device__ void block_sums(const Real (&x)[kSpreadClasses], Real (&of_warps)[kSp
 
 // d_support: a block a few classes, a thread a feature of each.
 template <class Real>
-__global__ void __launch_bounds__(kHeadThreads) prototype_spread_kernel(const HeadLaunch<Real> a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) prototype_spread_kernel(const HeadLaunch<Real> a) {
   METAFAST_SHARED(Real, of_warps, [kSpreadClasses][kHeadWarps]);
   const PrototypeHead<Real>& h = a.h;
   const bool cosine = h.metric == Metric::cosine;

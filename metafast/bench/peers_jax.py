@@ -33,6 +33,11 @@ def jax_prepared(problem: Problem, model: nn.Module) -> Prepared:
     # Allows float64; float32 stays float32.
     jax.config.update("jax_enable_x64", True)
     w, e = problem.workload, problem.episodes
+    on_gpu = e.support_x.device.type == "cuda"
+    if on_gpu:
+        if jax.default_backend() != "gpu":
+            raise RuntimeError(f"this JAX computes on {jax.default_backend()}, not on the GPU")
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as for everybody
     forward = _chain(jax, jnp, model)
 
     def loss(params: list[Array], x: Array, y: Array) -> Array:
@@ -53,8 +58,8 @@ def jax_prepared(problem: Problem, model: nn.Module) -> Prepared:
         each = jax.vmap(jax.grad(task), in_axes=(None, 0, 0, 0, 0))(params, *sets)
         return [g.mean(0) for g in each]
 
-    params = [jnp.asarray(p.detach().numpy()) for p in model.parameters()]
-    sets = [jnp.asarray(t.numpy()) for t in (e.support_x, e.support_y, e.query_x, e.query_y)]
+    params = [jnp.asarray(p.detach().cpu().numpy()) for p in model.parameters()]
+    sets = [jnp.asarray(t.cpu().numpy()) for t in (e.support_x, e.support_y, e.query_x, e.query_y)]
     last: list[Array] = []
 
     def step() -> None:

@@ -70,15 +70,51 @@ def busy(document: Document) -> str:
     return f"the machine was busy with other work (load {load} on {cpus} processors): these times are not to be quoted"
 
 
+def computer(document: Document) -> str:
+    """What computed: the GPU's name, or the CPU's and the number of threads."""
+    machine = document["machine"]
+    if document["settings"].get("device", "cpu").startswith("cuda"):
+        return str(machine["gpu"])
+    return f"{machine['torch_threads']} threads, {machine['cpu']}"
+
+
+def ceilings(document: Document) -> str:
+    """The measured ceilings, in one line."""
+    found = document["roofline"]["ceilings"]
+    return (
+        f"copy {found['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
+        f"float32 {found['float32_flops_per_second'] / 1e12:.3g} TFLOP/s, "
+        f"float64 {found['float64_flops_per_second'] / 1e12:.3g} TFLOP/s, "
+        f"launch {found['launch_seconds'] * 1e6:.3g} us"
+    )
+
+
+def operators(document: Document) -> list[tuple[str, ...]]:
+    """Rows of the roofline's table: ms, GFLOP, MB, and the share of the roofline in percent."""
+    return [
+        (
+            work["name"],
+            milliseconds(work["seconds"]),
+            f"{work['flops'] / 1e9:.3g}",
+            f"{work['bytes'] / 1e6:.3g}",
+            f"{100 * work['share']:.0f} %",
+        )
+        for work in document["roofline"]["operators"]
+    ]
+
+
 def problems(document: Document) -> list[str]:
     """What is wrong with metafast's own sides, in words; empty if all are exact."""
-    return [
-        f"{result['workload']['name']}: {side['side']} {side['status']}, relative error "
-        f"{_error(side['error_float64'])} in float64 and {_error(side['error_float32'])} in float32"
-        for result in document["workloads"]
-        for side in timed(result)
-        if side["ours"] and side["status"] != "exact"
-    ]
+    lines = []
+    for result in document["workloads"]:
+        for side in (side for side in result["sides"] if side["ours"]):
+            who = f"{result['workload']['name']}: {side['side']} {side['status']}"
+            if side["status"] == "failed":
+                lines.append(f"{who}, {side['reason']}")
+            elif "median_seconds" in side and side["status"] != "exact":
+                errors = _error(side["error_float64"]), _error(side["error_float32"])
+                lines.append(f"{who}, relative error {errors[0]} in float64 and {errors[1]} in float32")
+    return lines
 
 
 def milliseconds(seconds: float) -> str:
@@ -107,8 +143,7 @@ def plot(document: Document, path: Path) -> None:
     machine = document["machine"]
     panels[-1].set_xlabel("median ms a meta-step (logarithmic)")
     figure.suptitle(
-        f"metafast {machine['metafast']}, {machine['torch_threads']} threads, {machine['cpu']}, "
-        f"torch {machine['torch']}, {machine['date'][:10]}",
+        f"metafast {machine['metafast']}, {computer(document)}, torch {machine['torch']}, {machine['date'][:10]}",
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from metafast import _check
+
+# Seconds that so many calls of a side take.
+Stopwatch = Callable[[Callable[[], object], int], float]
 
 # metafast's engine records its operations after a dozen calls; after these every side is as fast as it gets.
 WARM_UP_CALLS = 16
@@ -35,8 +41,54 @@ class Timing:
         return first, third
 
 
+def by_clock(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
+    """For the CPU, where a call that has returned is done."""
+
+    def measure(side: Callable[[], object], calls: int) -> float:
+        before = clock()
+        for _ in range(calls):
+            side()
+        return clock() - before
+
+    return measure
+
+
+def by_events(new_event: Callable[[], Any], stream: Callable[[], Any]) -> Stopwatch:
+    """For a GPU: the time between two events of a stream; nothing waits for the calls but the end of the second.
+
+    It is the longer of what the calls take on the GPU and of what the host takes to start them. What computes outside
+    the stream, as JAX does, is in it as far as the host waits for it.
+
+    Args:
+        new_event: makes an event, with ``record(stream)``, ``synchronize()`` and ``elapsed_time(event)`` in ms.
+        stream: the stream in which the calls are.
+    """
+
+    def measure(side: Callable[[], object], calls: int) -> float:
+        before, after = new_event(), new_event()
+        before.record(stream())
+        for _ in range(calls):
+            side()
+        after.record(stream())
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
+
+    return measure
+
+
+def stopwatch(device: torch.device) -> tuple[str, Stopwatch]:
+    """What times a device, and its name: CUDA's events on a GPU, the clock elsewhere."""
+    if device.type != "cuda":
+        return "perf_counter", by_clock()
+    events = by_events(lambda: torch.cuda.Event(enable_timing=True), lambda: torch.cuda.current_stream(device))
+    return "cuda events", events
+
+
 def alternate(
-    sides: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+    sides: Mapping[str, Callable[[], object]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    measure: Stopwatch | None = None,
 ) -> dict[str, Timing]:
     """Time the sides in turns.
 
@@ -48,6 +100,7 @@ def alternate(
         sides: what to time, by name.
         seconds: how long, warm-up and all sides together; at least three rounds are run however long they take.
         clock: seconds that have passed.
+        measure: times calls; by the clock if None.
 
     Raises:
         TypeError, ValueError: seconds is no number of at least 0, there are no sides.
@@ -60,9 +113,11 @@ def alternate(
     _check.number("seconds", seconds, minimum=0.0)
     if not sides:
         raise ValueError("sides: expected at least one, got none")
+    measure = by_clock(clock) if measure is None else measure
     start = clock()
     share = seconds / 4 / len(sides)
-    calls = {name: max(1, round(ROUND_SECONDS / _warm_up(side, share, clock))) for name, side in sides.items()}
+    warm = {name: _warm_up(side, share, clock, measure) for name, side in sides.items()}
+    calls = {name: max(1, round(ROUND_SECONDS / each)) for name, each in warm.items()}
     rounds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     while len(rounds[order[0]]) < MIN_ROUNDS or clock() - start < seconds:
@@ -70,23 +125,17 @@ def alternate(
             side, count = sides[name], calls[name]
             if count > 1:
                 side()
-            before = clock()
-            for _ in range(count):
-                side()
-            rounds[name].append((clock() - before) / count)
+            rounds[name].append(measure(side, count) / count)
         order = order[1:] + order[:1]
     return {name: Timing(tuple(rounds[name]), calls[name]) for name in sides}
 
 
-def _warm_up(side: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+def _warm_up(side: Callable[[], object], seconds: float, clock: Callable[[], float], measure: Stopwatch) -> float:
     """Seconds of the fastest of the warm-up calls."""
     start = clock()
     fastest = float("inf")
     for _ in range(WARM_UP_CALLS):
-        before = clock()
-        side()
-        after = clock()
-        fastest = min(fastest, after - before)
-        if after - start > seconds:
+        fastest = min(fastest, measure(side, 1))
+        if clock() - start > seconds:
             break
     return max(fastest, 1e-7)

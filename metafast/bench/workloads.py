@@ -68,13 +68,12 @@ class Problem:
     optimizer: LSTMOptimizer | None
     episodes: Episodes
 
-    def copy(self, dtype: torch.dtype | None = None) -> Problem:
-        """The same values with modules of its own, in another dtype if one is given."""
+    def copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Problem:
+        """The same values with modules of its own, in another dtype or on another device if one is given."""
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
-        if dtype is not None:
-            model = model.to(dtype)
-            optimizer = None if optimizer is None else optimizer.to(dtype)
-        return Problem(self.workload, model, optimizer, self.episodes.to(dtype=dtype))
+        for module in (model, *([] if optimizer is None else [optimizer])):
+            module.to(device=device, dtype=dtype)
+        return Problem(self.workload, model, optimizer, self.episodes.to(device, dtype))
 
     def parameters(self) -> list[nn.Parameter]:
         """What the meta-gradient is of, in its order."""

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from metafast import _check
-from metafast.bench import SUITES, WORKLOADS, plot, problems, run, summary, write
-from metafast.bench.report import absent, busy
-from metafast.cli.common import Threads, use_device
+from metafast.bench import SUITES, WORKLOADS, plot, problems, roofline, run, summary, write
+from metafast.bench.report import absent, busy, ceilings, operators
+from metafast.cli.common import Device, Threads, use_device
 from metafast.cli.console import bad_input, say, say_error
 from metafast.cli.tables import Notice, show
 
@@ -24,6 +24,7 @@ COLUMNS = (
     "error\nfloat32",
     "gradient",
 )
+ROOF_COLUMNS = ("operator", "ms", "GFLOP", "MB", "share of\nthe roof")
 
 
 def bench(
@@ -35,6 +36,11 @@ def bench(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("runs/bench"),
     seconds: Annotated[float, typer.Option(help="Seconds of timing for each workload.")] = 3.0,
+    device: Device = "cpu",
+    roof: Annotated[
+        bool | None,
+        typer.Option("--roofline/--no-roofline", help="Measure ceilings, and operators against them; a GPU's default."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Time the meta-step against the reference loops and the libraries that are installed.
@@ -42,13 +48,14 @@ def bench(
     Every side's meta-gradient is first compared with the float64 reference: in float64 on two of the tasks (exact is
     a relative error below 1e-10), and in float32 on what is then timed. Then the sides are timed in turns in one
     process. Suites: "reference" is small and takes a minute; "engine" has the full sizes; "peers" adds torch.compile
-    and JAX to them. Libraries that are not installed are named. Exit code 1 if metafast itself is not exact.
+    and JAX to them. Libraries that are not installed are named. On a GPU times are between CUDA's events, float32 is
+    without TF32, and the meta-step as a CUDA graph takes part. Exit code 1 if metafast itself is not exact.
     """
     with bad_input():
         chosen = SUITES[_check.choice("--suite", suite, SUITES)]
         names = [_check.choice("--workload", name, WORKLOADS) for name in workload or chosen.workloads]
         _check.number("--seconds", seconds, minimum=0.0)
-        use_device("cpu", threads)
+        where = use_device(device, threads)
         out.mkdir(parents=True, exist_ok=True)
     notice = Notice()
 
@@ -56,12 +63,19 @@ def bench(
         notice("")
         _print(result)
 
-    document = run(chosen, [WORKLOADS[name] for name in names], seconds, notice, finished)
+    document = run(chosen, [WORKLOADS[name] for name in names], seconds, notice, finished, where)
+    if roof or (roof is None and where.type == "cuda"):
+        notice("roofline")
+        document["roofline"] = roofline.measure(where, seconds / 4)
+        notice("")
+        show(f"roofline: {ceilings(document)}", ROOF_COLUMNS, operators(document))
+        say()
     if warning := busy(document):
         say(warning, style="yellow")
-    write(document, out / f"{suite}.json")
-    plot(document, out / f"{suite}.png")
-    say(f"wrote {out / f'{suite}.json'} and {out / f'{suite}.png'}")
+    name = suite if where.type == "cpu" else f"{suite}-{where.type}"
+    write(document, out / f"{name}.json")
+    plot(document, out / f"{name}.png")
+    say(f"wrote {out / f'{name}.json'} and {out / f'{name}.png'}")
     wrong = problems(document)
     for line in wrong:
         say_error(line)
