@@ -315,7 +315,10 @@ class BuildNative(build_ext):
             raise SystemExit("metafast._C did not compile (see above); METAFAST_NO_EXTENSION=1 installs without it")
         path = Path(self.get_ext_fullpath(ext.name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(target), str(path))
+        # Not copy_file: it keeps what is newer, which in build/lib may be another torch's or a sanitised build. And a
+        # process that has the old file open keeps it.
+        path.unlink(missing_ok=True)
+        shutil.copy(target, path)
 
 
 class BuildPython(build_py):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from metafast import bench, checks
+from metafast import _native, bench, checks
+from metafast.backend import Refusal
 from metafast.bench import machine, peers, report, roofline, sides, suites
 from metafast.bench.cost import Call, Cost, cost_of, seconds
 from metafast.bench.peers import compiled
@@ -248,6 +249,25 @@ def test_an_exact_side_is_called_exact_and_timed() -> None:
     assert 1e-9 < found["error_float32"] < 1e-5
     assert len(found["round_seconds"]) == MIN_ROUNDS
     assert found["median_seconds"] == statistics.median(found["round_seconds"]) > 0
+
+
+def test_metafasts_own_sides_say_what_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner on a GPU that has no engine must not pass for one."""
+    kernels = "torch" if _native.missing("cpu") else "cpu"
+    assert result_of(sides.ACCUMULATE)["by"] == kernels
+    assert result_of(sides.TORCH_BACKEND)["by"] == "torch"
+    assert "by" not in result_of(Side("cheap", first_order))
+    monkeypatch.setattr(suites, "kernels_of", lambda device, backend: "cpu")
+
+    def refuses(problem: Problem) -> Prepared:
+        if suites.current_backend() == "cpu":
+            raise Refusal("model: backend 'cpu' is forced, but it is Sunday")
+        return sides.ACCUMULATE.prepare(problem)
+
+    if kernels == "cpu":
+        found = result_of(Side("picky", refuses, ours=True))
+        assert found["by"] == "torch: model: backend 'cpu' is forced, but it is Sunday"
+        assert report.by_torch({"sides": [found]}) == [f"by torch: picky: {found['by'][7:]}"]
 
 
 def test_a_first_order_gradient_is_found_to_differ() -> None:

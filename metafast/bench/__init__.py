@@ -1,6 +1,5 @@
 """`metafast bench`: the meta-step against plain PyTorch and other libraries; checked first, then timed, alternating."""
 
-from metafast.bench import roofline
 from metafast.bench.machine import describe_machine
 from metafast.bench.report import plot, problems, summary, write
 from metafast.bench.suites import SUITES, Suite, run
@@ -18,7 +17,6 @@ __all__ = [
     "describe_machine",
     "plot",
     "problems",
-    "roofline",
     "run",
     "summary",
     "write",

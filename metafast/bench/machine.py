@@ -26,6 +26,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Value]:
         device: the one that computes; its GPU, where it is one, is told of in more words.
     """
     status = _native.status()
+    gpu = device if device is not None and device.type == "cuda" else None
     return {
         "cpu": _cpu_name(),
         "cores": _physical_cores(),
@@ -37,8 +38,8 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Value]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else None,
-        **(_gpu(device) if device is not None and device.type == "cuda" else {}),
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
+        **({} if gpu is None else _gpu(gpu)),
         "metafast": __version__,
         "extension": "loaded" if status.available else status.reason,
         "isa": status.isa or None,

@@ -61,6 +61,16 @@ def absent(result: Document) -> list[str]:
     return [f"{reason}: {', '.join(names)}" for reason, names in reasons.items()]
 
 
+def by_torch(result: Document) -> list[str]:
+    """Which of metafast's own sides torch computed, though it need not, and why."""
+    reasons: dict[str, list[str]] = {}
+    for side in timed(result):
+        _, refused, reason = side.get("by", "").partition("torch: ")
+        if refused:
+            reasons.setdefault(reason, []).append(side["side"])
+    return [f"by torch: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
 def busy(document: Document) -> str:
     """A warning where others kept the machine busy when the run began; empty where they did not."""
     load, cpus = document["machine"]["load_average"], document["machine"]["logical_cpus"]

@@ -36,6 +36,7 @@ class Side:
         package: distribution that it needs; None where metafast and torch suffice.
         ours: metafast itself, whose mistakes are errors; the reference loops count as the others'.
         devices: types of device that it is for.
+        by_torch: of metafast's own, the one that has no kernels at all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Side:
     package: str | None = None
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    by_torch: bool = False
 
     @property
     def installed(self) -> bool:
@@ -162,5 +164,5 @@ def reference_outcome(problem: Problem) -> Outcome:
 AUTOGRAD = Side("metafast", _autograd, ours=True)
 ACCUMULATE = Side("accumulate_grad", _accumulate_grad, ours=True)
 GRAPH = Side("accumulate_grad, graph", _graph, ours=True, devices=("cuda",))
-TORCH_BACKEND = Side("torch backend", _torch_backend, ours=True)
+TORCH_BACKEND = Side("torch backend", _torch_backend, ours=True, by_torch=True)
 REFERENCE = Side("reference loop", _reference)

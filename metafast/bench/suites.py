@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metafast import _check
-from metafast.backend import current_backend
+from metafast.backend import Refusal, current_backend, use_backend
 from metafast.bench import peers, sides
 from metafast.bench.cost import cost_of
 from metafast.bench.machine import describe_machine
@@ -19,6 +19,7 @@ from metafast.bench.sides import Prepared, Side
 from metafast.bench.timing import Timing, alternate, stopwatch
 from metafast.bench.workloads import WORKLOADS, Problem, Workload, build
 from metafast.checks.compare import full_float32, relative_error
+from metafast.checks.suite import kernels_of
 
 # In float64 whatever is the same mathematics agrees far better than this.
 EXACT = 1e-10
@@ -130,6 +131,8 @@ def _workload(
             result |= {"status": "failed", "reason": f"{type(failure).__name__}: {failure}".strip().splitlines()[0]}
             continue
         result |= {"error_float64": exactness, "error_float32": error, "status": _verdict(exactness, error)}
+        if side.ours:
+            result["by"] = computed_by(side, small.copy(torch.float64, device), device)
         ready[side.name] = prepared
     progress(f"{workload.name}: timing {len(ready)} sides")
     measure = stopwatch(device)[1]
@@ -137,6 +140,19 @@ def _workload(
     for name, timing in timings.items():
         results[name] |= _numbers(timing)
     return {"workload": asdict(workload), "cost": cost_of(workload).json(), "sides": list(results.values())}
+
+
+def computed_by(side: Side, problem: Problem, device: torch.device) -> str:
+    """What computes metafast's own side: the device's kernels, or torch and why; a problem of its own, to try it on."""
+    kernels = kernels_of(device, current_backend())
+    if side.by_torch or not kernels:
+        return "torch"
+    try:
+        with use_backend(kernels):
+            side.prepare(problem).step()
+    except Refusal as refusal:
+        return f"torch: {refusal}"
+    return kernels
 
 
 def _verdict(exactness: float | None, error: float | None) -> str:

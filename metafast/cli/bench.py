@@ -9,7 +9,7 @@ import typer
 
 from metafast import _check
 from metafast.bench import SUITES, WORKLOADS, plot, problems, roofline, run, summary, write
-from metafast.bench.report import absent, busy, ceilings, operators
+from metafast.bench.report import absent, busy, by_torch, ceilings, operators
 from metafast.cli.common import Device, Threads, use_device
 from metafast.cli.console import bad_input, say, say_error
 from metafast.cli.tables import Notice, show
@@ -85,6 +85,6 @@ def bench(
 
 def _print(result: dict[str, Any]) -> None:
     show(result["workload"]["title"], COLUMNS, summary(result), bad=("differs", "off"))
-    for line in absent(result):
+    for line in (*absent(result), *by_torch(result)):
         say(line, style="dim")
     say()
