@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +205,8 @@ def test_the_committed_table_is_of_all_architectures_and_has_no_spills() -> None
     committed = json.loads(table.COMMITTED.read_text())["kernels"]
     assert all(set(archs) == set(table.LIMITS) for archs in committed.values())
     assert all(spills == 0 for archs in committed.values() for _, spills, _ in archs.values())
+
+
+def test_what_make_compiles_for_is_what_the_table_knows() -> None:
+    (archs,) = re.findall(r"^CUDA_ARCHS := (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in archs.split()} == set(table.LIMITS)
