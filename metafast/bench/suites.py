@@ -42,7 +42,7 @@ class Suite:
 
 _SMALL = ("sinusoid-k1", "sinusoid-k5", "conv4-64-small", "lomaml-sinusoid", "protonets-small")
 _FULL = tuple(name for name in WORKLOADS if not name.endswith("-small"))
-_DOORS = (sides.AUTOGRAD, sides.ACCUMULATE, sides.GRAPH, sides.REFERENCE)
+_DOORS = (sides.AUTOGRAD, sides.ACCUMULATE, sides.REFERENCE, sides.GRAPH)
 _LOOPS = (peers.LEARN2LEARN, peers.EASYFSL, peers.HIGHER, peers.TORCHOPT)
 
 _ALL = (
