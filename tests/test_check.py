@@ -35,7 +35,7 @@ def findings_of(subject: str, case: str = "") -> list[Finding]:
 def test_every_operator_and_learner_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--quick"]) == 0
     printed = capsys.readouterr().out
-    for subject in (*mf.ops.__all__, "MAML", "FOMAML", "LOMAML", "ProtoNets"):
+    for subject in (*mf.ops.__all__, "MAML", "FOMAML", "LOMAML", "ANIL", "MetaSGD", "ProtoNets"):
         assert subject in printed
     assert "MISSED" not in printed
 
@@ -94,13 +94,14 @@ def test_a_wrong_operator_is_a_red_row_and_exit_code_1(
     assert "RuntimeError: out of registers" in printed
 
 
-@pytest.mark.parametrize("learner", ["MAML", "LOMAML"])
-def test_a_wrong_learner_is_found(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("learner", "name"),
+    [("MAML", "MAML"), ("LOMAML", "LOMAML"), ("ANIL", "MAML"), ("MetaSGD", "GradientLearner")],
+)
+def test_a_wrong_learner_is_found(learner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dropped Hessian term: the outcome is right, the meta-gradient is not."""
-    whole = getattr(checks.learners, learner)
-    monkeypatch.setattr(
-        checks.learners, learner, lambda *args, **options: whole(*args, **options | {"first_order": True})
-    )
+    whole = getattr(checks.learners, name)
+    monkeypatch.setattr(checks.learners, name, lambda *args, **options: whole(*args, **options | {"first_order": True}))
     for finding in findings_of(learner, "MLP"):
         assert finding.passed == (finding.quantity == "outcome")
 

@@ -189,7 +189,7 @@ def test_the_torch_backend_leaves_the_kernels_alone(outcomes: dict[str, dict[str
 def test_a_forced_backend_never_falls_back(outcomes: dict[str, dict[str, Any]]) -> None:
     outcome = outcomes["backend cpu"]
     assert outcome["error"] == "" and outcome["backend"] == "cpu" and outcome["torch.float32"] == UPDATED
-    forced = "ValueError: params: backend 'cpu' is forced, but the kernels take float32 and float64, got a float16 tens"
+    forced = "Refusal: params: backend 'cpu' is forced, but the kernels take float32 and float64, got a float16 tens"
     assert outcome["torch.float16"].startswith(forced)
     assert outcome["torch.int32"].startswith("TypeError: params: expected a floating tensor")
 
@@ -202,12 +202,12 @@ def test_the_environment_forces_simt(outcomes: dict[str, dict[str, Any]]) -> Non
         assert outcome["torch.float32"] == UPDATED and outcome["simt_blocks"] > 0
     else:
         wanted = "there are no kernels for simt: the extension was built without METAFAST_SIMT=1"
-        assert outcome["torch.float32"] == f"ValueError: params: backend 'simt' is forced, but {wanted}"
+        assert outcome["torch.float32"] == f"Refusal: params: backend 'simt' is forced, but {wanted}"
 
 
 def test_a_forced_backend_that_is_not_there(outcomes: dict[str, dict[str, Any]]) -> None:
     update = outcomes["backend cpu without extension"]["torch.float32"]
-    forced = "ValueError: params: backend 'cpu' is forced, but there are no kernels for cpu: metafast was not installed"
+    forced = "Refusal: params: backend 'cpu' is forced, but there are no kernels for cpu: metafast was not installed"
     assert update.startswith(forced)
     wanted = "METAFAST_BACKEND: expected one of 'auto', 'torch', 'cpu', 'cuda', 'simt', got 'gpu'"
     assert outcomes["backend unknown"]["error"] == f"ValueError: {wanted}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from metafast.checks.compare import Case, Inputs, Quantities
 from metafast.checks.nets import INPUT_SHAPES, NETS, SMOOTH_NETS, WAYS
 from metafast.checks.operators import seeded
 from metafast.episodes import Episodes, Outcome
-from metafast.learners import LOMAML, MAML, ProtoNets
+from metafast.learners import LOMAML, MAML, GradientLearner, ProtoNets
 from metafast.lstm import LSTMOptimizer
+from metafast.rules import LearnedRates
 
 _TASKS, _SHOTS, _QUERIES = 3, 3, 4
 _LR = 0.1
@@ -31,6 +32,9 @@ def learner_cases(quick: bool) -> Iterator[Case]:
                 for first_order in (False, True):
                     yield _maml_case(text, inputs, steps, first_order, dtype)
                 yield _lomaml_case(text, inputs, steps, dtype)
+            text = f"{name}, 2 steps"
+            yield _anil_case(text, inputs, dtype)
+            yield _metasgd_case(text, inputs, dtype)
             for metric in ("sqeuclidean", "euclidean", "cosine"):
                 yield _protonets_case(f"{name}, {metric}", inputs, metric, dtype)
 
@@ -75,6 +79,47 @@ def _maml_case(
         return _plain_quantities(out, model)
 
     return Case("FOMAML" if first_order else "MAML", text, inputs, ours, plain, (dtype,))
+
+
+def _anil_case(text: str, inputs: tuple[Callable[[], Inputs], ...], dtype: torch.dtype) -> Case:
+    """The last layer alone adapts, by a part of the support set each step, and all query losses count."""
+    some: dict[str, Any] = {"lr": _LR, "steps": 2, "support_batch": 3, "query_weights": (0.4, 0.6)}
+
+    def head(model: nn.Module) -> list[str]:
+        return [[name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]]
+
+    def ours(inputs: Inputs) -> Quantities:
+        model, _, episodes, weights = _unpack(inputs)
+        return _by_both_doors(MAML(model, adapts=head(model), **some), episodes, weights)
+
+    def plain(inputs: Inputs) -> Quantities:
+        model, _, episodes, weights = _unpack(inputs)
+        out = reference.maml(model, episodes, adapts=head(model), weights=weights, **some)
+        return _plain_quantities(out, model)
+
+    return Case("ANIL", text, inputs, ours, plain, (dtype,))
+
+
+def _metasgd_case(text: str, inputs: tuple[Callable[[], Inputs], ...], dtype: torch.dtype) -> Case:
+    def rule(model: nn.Module) -> LearnedRates:
+        rates = LearnedRates(model, _LR)
+        with torch.no_grad():
+            rates.rates.mul_(torch.linspace(0.5, 1.5, rates.rates.numel()).to(rates.rates))
+        return rates
+
+    def ours(inputs: Inputs) -> Quantities:
+        model, _, episodes, weights = _unpack(inputs)
+        return _by_both_doors(GradientLearner(model, rule(model), steps=2), episodes, weights)
+
+    def plain(inputs: Inputs) -> Quantities:
+        model, _, episodes, weights = _unpack(inputs)
+        rates, named = rule(model), dict(model.named_parameters())
+        parts = rates.rates.split([p.numel() for p in named.values()])
+        each = {name: part.view_as(p) for (name, p), part in zip(named.items(), parts)}
+        out = reference.mamlpp(model, episodes, rates=[each] * 2, norms=[{}] * 2, weights=weights)
+        return _plain_quantities(out, model, rates)
+
+    return Case("MetaSGD", text, inputs, ours, plain, (dtype,))
 
 
 def _lomaml_case(text: str, inputs: tuple[Callable[[], Inputs], ...], steps: int, dtype: torch.dtype) -> Case:
