@@ -205,3 +205,20 @@ def test_maml_learns_sinusoids() -> None:
         maml(waves.sample(tasks=16, shots=10, queries=10, generator=generator)).loss.backward()
         meta.step()
     assert maml(unseen).loss.item() < 0.5 * before
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_of_a_whole_learner_are_refused_with_the_remedy(transform: str, backend: str) -> None:
+    episodes = episodes_for("mlp")
+    for learner in (mf.MAML(build("mlp"), lr=0.1, steps=1), mf.ProtoNets(build("mlp"))):
+
+        def loss(params: dict[str, torch.Tensor], learner: nn.Module = learner) -> torch.Tensor:
+            return torch.func.functional_call(learner, params, (episodes,)).loss
+
+        params = {name: p.detach() for name, p in learner.named_parameters()}
+        if transform == "grad":
+            transformed = torch.func.grad(loss)
+        else:
+            transformed, params = torch.func.vmap(loss), {name: torch.stack([p, p]) for name, p in params.items()}
+        with pytest.raises(RuntimeError, match=r"^model: torch\.func.*learner\(episodes\)\.loss\.backward"):
+            transformed(params)

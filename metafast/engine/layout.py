@@ -49,6 +49,12 @@ class Layout:
 
     def parameters(self, model: nn.Module) -> tuple[nn.Parameter, ...]:
         """The module's parameters in this order; raises when the module is no longer the one laid out."""
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(p) for p in model.parameters()):
+            raise RuntimeError(
+                "model: torch.func's transforms (grad, vmap, jvp) do not go through a whole learner, which batches and "
+                "differentiates by itself; use learner(episodes).loss.backward() or torch.autograd.grad, and one batch "
+                "of episodes for vmap"
+            )
         named = trainable(model)
         if tuple(named) != self.names or any(named[n].shape != s for n, s in zip(self.names, self.shapes)):
             raise ValueError("model: its trainable parameters changed since the learner was made; make a new learner")
