@@ -88,3 +88,9 @@ def like(name: str, value: Tensor, *, dtype: torch.dtype, device: torch.device, 
         raise ValueError(f"{name}: expected device {device}, that of {owner}, got {describe(value)}")
     if value.is_floating_point() and value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, that of {owner}, got {describe(value)}")
+
+
+def gradients_are_made() -> None:
+    """RuntimeError in torch.inference_mode, where nothing can be added to ``.grad``, not even by enable_grad."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("accumulate_grad: torch.inference_mode makes no gradients; expected a call outside of it")

@@ -204,7 +204,7 @@ class Networks:
         warnings.warn(
             f"metafast: {type(self._task.model).__name__} runs by torch, without native kernels: {self.reason(x)}",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def _why_not(self, x: Tensor) -> str | None:

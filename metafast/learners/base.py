@@ -12,6 +12,7 @@ from metafast.engine.batches import check_batch
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
+from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.learners.hand import TaskLearner
 from metafast.learners.ragged import by_groups
@@ -124,6 +125,7 @@ class GradientLearner(nn.Module):
         if len(weights) != self.steps:
             raise ValueError(f"query_weights: expected {self.steps} numbers, one a step, got {len(weights)}")
 
+    @untraced
     def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
 
@@ -147,11 +149,14 @@ class GradientLearner(nn.Module):
         losses, logits = self._query(episodes)
         return outcome(losses, logits, episodes.query_y, weights)
 
+    @untraced
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Add the meta-gradient to ``.grad`` and return the detached outcome; the second door.
 
-        The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there.
+        The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there, and
+        RuntimeError in ``torch.inference_mode``, which makes no gradients.
         """
+        _check.gradients_are_made()
         if isinstance(episodes, Episodes) and episodes.masked:
             self._check_classes(episodes)
             return by_groups(self, episodes, weights, accumulate=True)
@@ -165,6 +170,7 @@ class GradientLearner(nn.Module):
             out.loss.backward()
         return out.detach()
 
+    @untraced
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> Adapted:
         """Adapt to T tasks at once.
 
@@ -309,6 +315,7 @@ class Adapted:
         """The adapted parameters by name, each (T, *shape)."""
         return self._task.layout.unflatten(self._phi)
 
+    @untraced
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs (T, N, ...) for inputs x (T, N, ...); ValueError or TypeError where x does not fit."""
         _check.tensor("x", x)

@@ -9,6 +9,7 @@ from metafast import _check
 from metafast.engine.networks import NativeNetwork
 from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
+from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
 from metafast.learners.ragged import by_groups
 from metafast.losses import resolve_loss
@@ -46,6 +47,7 @@ class ProtoNets(nn.Module):
         self._task = TaskModel(encoder, resolve_loss("cross_entropy"), batch_norm, argument="encoder")
         self._shared = SharedForward(self._task)
 
+    @untraced
     def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Logits and losses of every task's queries; ``out.loss.backward()`` reaches the encoder.
 
@@ -71,8 +73,15 @@ class ProtoNets(nn.Module):
         losses, logits = prototype_head(support, episodes.support_y, query, episodes.query_y, ways, self.metric)
         return outcome(losses, logits, episodes.query_y, weights)
 
+    @untraced
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
-        """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``."""
+        """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`forward`.
+            RuntimeError: in ``torch.inference_mode``, which makes no gradients.
+        """
+        _check.gradients_are_made()
         if isinstance(episodes, Episodes) and episodes.masked:
             self._check_classes(episodes)
             return by_groups(self, episodes, weights, accumulate=True, by_ways=True)
@@ -91,6 +100,7 @@ class ProtoNets(nn.Module):
             return None
         return self._task.native(episodes.support_x)
 
+    @untraced
     def adapt(self, support_x: Tensor, support_y: Tensor) -> AdaptedPrototypes:
         """The class means of T tasks from support_x (T, Ns, ...) and support_y (T, Ns); no gradient step.
 
@@ -142,6 +152,7 @@ class AdaptedPrototypes:
         self._learner = learner
         self.prototypes = means
 
+    @untraced
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (T, N, ways) for x (T, N, ...); ValueError or TypeError where x does not fit."""
         tasks, ways, _ = self.prototypes.shape
