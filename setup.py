@@ -4,8 +4,8 @@ What is built is decided once, by :func:`decide`, and never silently: the decisi
 into the extension itself, and ``metafast info`` prints it.
 
 - The extension: on Linux with a C++ compiler, unless METAFAST_NO_EXTENSION=1.
-- The backend simt, the CUDA kernels on the emulator of csrc/simt, for tests: where METAFAST_SIMT=1. Builds with and without
-  it share what is compiled alike, so that a wheel after `make build` is quick.
+- The backend simt, the CUDA kernels on the emulator of csrc/simt, for tests: where METAFAST_SIMT=1. Builds with and
+  without it share what is compiled alike, so that a wheel after `make build` is quick.
 - Its CUDA part: where torch has CUDA and an nvcc of the same major version is found (CUDA_HOME, else PATH, else pip's
   nvidia-cuda-nvcc beside torch).
 

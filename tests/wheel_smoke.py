@@ -18,7 +18,8 @@ strange = [name for name in files if name.split("/")[0] not in ("metafast", f"me
 assert not strange, strange
 assert {"metafast/py.typed", "metafast/_build_info.json", "metafast/cli/train.py"} <= set(files)
 root = f"metafast-{mf.__version__}/"
-sources = {name.removeprefix(root) for name in tarfile.open(source).getnames()}
+with tarfile.open(source) as archive:
+    sources = {name.removeprefix(root) for name in archive.getnames()}
 assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/cpu/unroll.h", "csrc/simt/emulator.cpp"} <= sources
 assert {name for name in files if name.endswith(".py")} <= sources
 
