@@ -1,5 +1,5 @@
-// A task's head of Prototypical Networks between the two halves of the encoder's work, as engine/unroll.h wants
-// it.
+// A task's head of Prototypical Networks between the two halves of the encoder's work, as engine/unroll.h
+// wants it.
 #pragma once
 
 #include "carver.h"
