@@ -226,8 +226,22 @@ def sources(decision: Decision) -> list[Path]:
 
 
 def hangs_on_simt(source: Path) -> bool:
-    """Whether a file is compiled otherwise in builds with simt; all that ask about it include csrc/torch/simt.h."""
-    return source.suffix == ".cpp" and '#include "simt.h"' in source.read_text()
+    """Whether a C++ file is compiled otherwise in builds with simt: it, or what it includes of ours, asks."""
+    return source.suffix == ".cpp" and any("METAFAST_WITH_SIMT" in file.read_text() for file in included(source))
+
+
+def included(source: Path) -> set[Path]:
+    """A file and all of ours that it includes, by whatever way."""
+    found, left = set(), [source]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.add(file)
+        named = re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+        # Not among ours: the emulator's <cuda_runtime.h>, build_info.h, which the build writes.
+        left += [path for name in named if (path := (file.parent / name).resolve()).is_file()]
+    return found
 
 
 def write_ninja(decision: Decision, tools: Tools, folder: Path, target: Path) -> None:

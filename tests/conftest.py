@@ -10,6 +10,8 @@ import torch
 from tests.backends import LEARNER_BACKENDS, learners_on
 from tests.nets import NOT_LOWERED
 
+collect_ignore = ["wheel_smoke.py"]  # a script of `make wheel-test`, run in an environment without pytest
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes the emulator many seconds, see ``not_emulated``; layers have tests of their own."""

@@ -194,5 +194,9 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
 // A function's static variable that is made at the first call asks whether it is there.
+// Of host code beside the kernels: a shared_ptr's count.
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t value, int) {
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+}
 uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 }
