@@ -92,6 +92,18 @@ def quadratics(path: Path) -> str:
     return _rows(["optimiser", "rate", *(f"after {k}" for k in steps)], rows) + f"\n\n{trained} {machine}"
 
 
+def lomaml_sinusoid(path: Path) -> str:
+    """Errors on unseen waves of MAML and LOMAML, a column a seed."""
+    document = _load(path)
+    seeds = sorted({run["seed"] for run in document["runs"]})
+    rows = {(run["learner"], f"{run['iterations']:,}"): {} for run in document["runs"]}
+    for run in document["runs"]:
+        rows[run["learner"], f"{run['iterations']:,}"][run["seed"]] = f"{run['mean']:.3f} ± {run['interval']:.3f}"
+    table = [[*names, *(found.get(seed, "-") for seed in seeds)] for names, found in rows.items()]
+    header = ["learner", "meta-steps", *(f"seed {seed}" for seed in seeds)]
+    return _rows(header, table) + f"\n\n{_machine(document['machine'])}"
+
+
 def accuracy(*paths: Path) -> str:
     """Accuracies of the demo's learners on letters of unseen scripts."""
     rows = []
@@ -169,6 +181,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "errors": errors,
     "sinusoid": sinusoid,
     "quadratics": quadratics,
+    "lomaml-sinusoid": lomaml_sinusoid,
     "accuracy": accuracy,
     "omniglot": omniglot,
     "omniglot-alphabets": omniglot_alphabets,
