@@ -121,20 +121,16 @@ def _accumulate_grad(problem: Problem) -> Prepared:
 
 def _graph(problem: Problem) -> Prepared:
     """``accumulate_grad`` recorded once as a CUDA graph, and replayed: no launch costs the host anything."""
-    step, parameters = _accumulate_grad(problem).step, problem.parameters()
-    device = parameters[0].device
-    with torch.cuda.device(device):
-        # CUDA wants what is set up at first calls to be set up, on a stream that is not the default one.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    return Prepared(graph.replay, lambda: flat_grad(parameters))
+    parameters = problem.parameters()
+    captured = _learner(problem).capture(problem.episodes)
+
+    def step() -> None:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+        captured(problem.episodes)
+
+    return Prepared(step, lambda: flat_grad(parameters))
 
 
 def _torch_backend(problem: Problem) -> Prepared:

@@ -14,6 +14,7 @@ from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
+from metafast.learners.captured import Captured
 from metafast.learners.hand import TaskLearner
 from metafast.learners.ragged import by_groups
 from metafast.losses import LossSpec, resolve_loss
@@ -169,6 +170,13 @@ class GradientLearner(nn.Module):
         if out.loss.requires_grad:
             out.loss.backward()
         return out.detach()
+
+    def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:
+        """``accumulate_grad`` for episodes of this size as a CUDA graph: ``captured(episodes)`` replays it.
+
+        See :class:`~metafast.learners.captured.Captured` for arguments, errors and where gradients go.
+        """
+        return Captured(self, episodes, weights)
 
     @untraced
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> Adapted:

@@ -11,6 +11,7 @@ from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
+from metafast.learners.captured import Captured
 from metafast.learners.ragged import by_groups
 from metafast.losses import resolve_loss
 from metafast.ops.prototypes import METRICS, prototype_head, prototype_logits, prototypes
@@ -93,6 +94,13 @@ class ProtoNets(nn.Module):
             out: Outcome = self(episodes, weights)
         out.loss.backward()
         return out.detach()
+
+    def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:
+        """``accumulate_grad`` for episodes of this size as a CUDA graph: ``captured(episodes)`` replays it.
+
+        See :class:`~metafast.learners.captured.Captured` for arguments, errors and where gradients go.
+        """
+        return Captured(self, episodes, weights)
 
     def _one_call(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
         """The native encoder, where the step and its gradient are one call of it."""
