@@ -243,7 +243,7 @@ def built(site: Path) -> tuple[Path, str]:
     if not info["cuda"]:
         raise SystemExit(f"cuda_table: {site} was built without CUDA: {info['cuda_reason']}")
     major, minor = info["python"].split(".")[:2]
-    parts = [f"native-cp{major}{minor}", info["torch"], *["simt"] * info["simt"], *info["sanitizers"]]
+    parts = [f"native-cp{major}{minor}", info["torch"], *info["sanitizers"]]
     return ROOT / "build" / "-".join(parts), info["cuda"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,6 +28,10 @@ def _start(work: Callable[..., Any], rank: int, folder: Path, seconds: float, ar
     )
     torch.save(work(rank, *arguments), folder / f"result{rank}")
     dist.destroy_process_group()
+    # Not by the interpreter's end, in which gloo's threads may still want it: see metafast/__main__.py.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def in_two(

@@ -264,7 +264,8 @@ __device__ inline int64_t lstm_block() { return int64_t(blockIdx.y) * gridDim.x 
 inline int64_t lstm_forward_rows(int64_t hidden) { return 2 * (hidden + (hidden < 2 ? 2 : hidden)) + hidden; }
 
 template <class Real, bool kShared>
-__global__ void __launch_bounds__(kLstmThreads) lstm_forward_kernel(const LstmLaunch<Real> a, int64_t rows) {
+__global__ void __launch_bounds__(kLstmThreads, 1)
+    lstm_forward_kernel(const LstmLaunch<Real> a, int64_t rows) {
   METAFAST_DYNAMIC_SHARED(Real, memory);
   LstmTile<Real> tile(a, memory);
   const int h = a.hidden, both = (h + (h < 2 ? 2 : h)) * kLstmRow;
@@ -350,8 +351,8 @@ __global__ void __launch_bounds__(kLstmThreads, 1)
 
 // d_weights (T, count), the sums of a task's rows of `partial`.
 template <class Real>
-__global__ void lstm_sum_kernel(int64_t tasks, int64_t blocks, int64_t count, const Real* partial,
-                                Real* d_weights) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    lstm_sum_kernel(int64_t tasks, int64_t blocks, int64_t count, const Real* partial, Real* d_weights) {
   for_each_element(tasks, count, [&](int64_t t, int64_t at) {
     Real sum = 0;
     for (int64_t block = 0; block < blocks; ++block) sum += partial[(t * blocks + block) * count + at];

@@ -9,7 +9,7 @@ namespace metafast::METAFAST_GPU {
 
 // f(task, at) for all elements at < count of all tasks.
 template <class F>
-__global__ void vector_kernel(int64_t tasks, int64_t count, const F f) {
+__global__ void __launch_bounds__(kElementThreads, 1) vector_kernel(int64_t tasks, int64_t count, const F f) {
   for_each_element(tasks, count, f);
 }
 

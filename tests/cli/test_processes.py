@@ -185,7 +185,11 @@ def torchrun(folder: Path, line: str) -> str:
     program, *words = line.split()
     assert program == "torchrun"
     launch = [sys.executable, "-m", "torch.distributed.run", *words]
-    done = subprocess.run(launch, cwd=folder, capture_output=True, text=True, timeout=300)
+    for _ in range(4):
+        done = subprocess.run(launch, cwd=folder, capture_output=True, text=True, timeout=300)
+        # What gloo's threads do to a script that ends, now and then; `-m metafast` sees to it (metafast/__main__.py).
+        if "-m metafast" in line or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 

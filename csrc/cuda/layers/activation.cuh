@@ -157,15 +157,16 @@ struct Softplus {
 
 // y = a(x).
 template <class Real, class A>
-__global__ void activation_value_kernel(const Elements e, const A a, const Batch<const Real> x,
-                                        const Batch<Real> y) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    activation_value_kernel(const Elements e, const A a, const Batch<const Real> x, const Batch<Real> y) {
   e.each([=](int64_t t, int64_t from, int64_t to) { y.of(t)[to] = a.value(x.of(t)[from]); });
 }
 
 // out = a'(x) d. Back: d lies as y does and out as x, else the other way round.
 template <class Real, class A, bool kBack>
-__global__ void activation_slope_kernel(const Elements e, const A a, const Batch<const Real> x,
-                                        const Batch<const Real> d, const Batch<Real> out) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    activation_slope_kernel(const Elements e, const A a, const Batch<const Real> x, const Batch<const Real> d,
+                            const Batch<Real> out) {
   e.each([=](int64_t t, int64_t from, int64_t to) {
     const Real at = x.of(t)[from], along = d.of(t)[kBack ? to : from];
     Real& product = out.of(t)[kBack ? from : to];
@@ -179,9 +180,9 @@ __global__ void activation_slope_kernel(const Elements e, const A a, const Batch
 
 // tdx = a'(x) tdy + a''(x) tx dy.
 template <class Real, class A>
-__global__ void activation_bend_kernel(const Elements e, const A a, const Batch<const Real> x,
-                                       const Batch<const Real> tx, const Batch<const Real> dy,
-                                       const Batch<const Real> tdy, const Batch<Real> tdx) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    activation_bend_kernel(const Elements e, const A a, const Batch<const Real> x, const Batch<const Real> tx,
+                           const Batch<const Real> dy, const Batch<const Real> tdy, const Batch<Real> tdx) {
   e.each([=](int64_t t, int64_t from, int64_t to) {
     const Derivatives<Real> d = a.derivatives(x.of(t)[from]);
     tdx.of(t)[from] = d.first * tdy.of(t)[to] + d.second * tx.of(t)[from] * dy.of(t)[to];

@@ -12,8 +12,8 @@ namespace metafast::METAFAST_GPU {
 
 // y = x, or added to what is there; x is zero where it is null.
 template <class Real>
-__global__ void add_one_kernel(const Elements e, const Batch<const Real> x, const bool add,
-                               const Batch<Real> y) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    add_one_kernel(const Elements e, const Batch<const Real> x, const bool add, const Batch<Real> y) {
   e.each([&](int64_t t, int64_t from, int64_t to) {
     const Real one = x.null() ? Real(0) : x.of(t)[from];
     y.of(t)[to] = add ? y.of(t)[to] + one : one;

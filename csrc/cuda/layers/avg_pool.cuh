@@ -24,7 +24,8 @@ struct AvgPool : Pool {
 };
 
 template <class Real>
-__global__ void avg_pool_forward_kernel(const AvgPool p, const Batch<const Real> x, const Batch<Real> y) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    avg_pool_forward_kernel(const AvgPool p, const Batch<const Real> x, const Batch<Real> y) {
   p.each_window([&](int64_t t, const Window& w) {
     const Real* const corner = x.of(t) + w.from;
     Real total = 0;
@@ -38,7 +39,8 @@ __global__ void avg_pool_forward_kernel(const AvgPool p, const Batch<const Real>
 }
 
 template <class Real>
-__global__ void avg_pool_gather_kernel(const AvgPool p, const Batch<const Real> dy, const Batch<Real> dx) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    avg_pool_gather_kernel(const AvgPool p, const Batch<const Real> dy, const Batch<Real> dx) {
   p.each_input([&](int64_t t, const Holders& h) {
     Real sum = 0;
     for (int64_t i = h.rows.begin; i < h.rows.end; ++i) {

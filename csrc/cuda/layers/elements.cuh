@@ -6,6 +6,8 @@
 
 namespace metafast::METAFAST_GPU {
 
+constexpr int kElementThreads = 256;
+
 // visit(task, at) for each at < count of each task.
 template <class Visit>
 __device__ void for_each_element(int64_t tasks, int64_t count, const Visit& visit) {
@@ -42,7 +44,7 @@ struct Elements {
 };
 
 template <class Real>
-__global__ void clear_kernel(const Elements e, const Batch<Real> y) {
+__global__ void __launch_bounds__(kElementThreads, 1) clear_kernel(const Elements e, const Batch<Real> y) {
   e.each([&](int64_t t, int64_t, int64_t to) { y.of(t)[to] = 0; });
 }
 

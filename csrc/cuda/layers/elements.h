@@ -8,8 +8,6 @@
 
 namespace metafast::METAFAST_GPU {
 
-constexpr int64_t kElementThreads = 256;
-
 // kernel(args...) for `count` elements of each task.
 template <class... Params, class... Args>
 void launch_elements(const char* name, void (*kernel)(Params...), int64_t tasks, int64_t count,
@@ -18,7 +16,7 @@ void launch_elements(const char* name, void (*kernel)(Params...), int64_t tasks,
   constexpr int64_t kMostBlocks = 65535, kMostTasks = 65535;  // where more go round the kernel's loop
   const int64_t blocks = std::min((count + kElementThreads - 1) / kElementThreads, kMostBlocks);
   const dim3 grid(unsigned(blocks), unsigned(std::min(tasks, kMostTasks)));
-  launch(name, kernel, grid, dim3(unsigned(kElementThreads)), 0, stream, args...);
+  launch(name, kernel, grid, dim3(kElementThreads), 0, stream, args...);
 }
 
 // kernel(e, args...).

@@ -59,7 +59,7 @@ struct Softmax {
 
 // A block a task.
 template <class Real>
-__global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const LossLaunch<Real> a) {
+__global__ void __launch_bounds__(kLossThreads, 1) cross_entropy_kernel(const LossLaunch<Real> a) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   for (int64_t t = blockIdx.x; t < a.tasks; t += gridDim.x) {
     double loss = 0;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const LossL
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kLossThreads) mse_kernel(const LossLaunch<Real> a) {
+__global__ void __launch_bounds__(kLossThreads, 1) mse_kernel(const LossLaunch<Real> a) {
   const int64_t elements = a.samples * a.out.c;
   for (int64_t t = blockIdx.x; t < a.tasks; t += gridDim.x) {
     double loss = 0;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kLossThreads) mse_kernel(const LossLaunch<Real
 
 // A warp a sample.
 template <class Real>
-__global__ void __launch_bounds__(kLossThreads) cross_entropy_tangent_kernel(const LossLaunch<Real> a) {
+__global__ void __launch_bounds__(kLossThreads, 1) cross_entropy_tangent_kernel(const LossLaunch<Real> a) {
   const int lane = int(threadIdx.x) % 32;
   const int64_t stride = int64_t(gridDim.x) * kLossWarps;
   for (int64_t row = int64_t(blockIdx.x) * kLossWarps + threadIdx.x / 32; row < a.tasks * a.samples;

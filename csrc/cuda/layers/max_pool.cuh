@@ -20,8 +20,9 @@ __device__ Tap* taps_of(const Batch<Real>& saved, int64_t task) {
 }
 
 template <class Real, class Tap>
-__global__ void max_pool_forward_kernel(const Pool p, const Batch<const Real> x, const Batch<Real> y,
-                                        const Batch<Real> saved) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    max_pool_forward_kernel(const Pool p, const Batch<const Real> x, const Batch<Real> y,
+                            const Batch<Real> saved) {
   p.each_window([&](int64_t t, const Window& w) {
     const Real* const corner = x.of(t) + w.from;
     Real best = -Real(INFINITY);
@@ -38,8 +39,9 @@ __global__ void max_pool_forward_kernel(const Pool p, const Batch<const Real> x,
 }
 
 template <class Real, class Tap>
-__global__ void max_pool_tangent_kernel(const Pool p, const Batch<const Real> tx, const Batch<Real> saved,
-                                        const Batch<Real> ty) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    max_pool_tangent_kernel(const Pool p, const Batch<const Real> tx, const Batch<Real> saved,
+                            const Batch<Real> ty) {
   p.each_window([&](int64_t t, const Window& w) {
     const int64_t tap = taps_of<Tap>(saved, t)[w.number];
     const int64_t u = tap / p.columns.kernel, v = tap - u * p.columns.kernel;
@@ -49,8 +51,9 @@ __global__ void max_pool_tangent_kernel(const Pool p, const Batch<const Real> tx
 
 // dx from dy: bwd and tbwd.
 template <class Real, class Tap>
-__global__ void max_pool_gather_kernel(const Pool p, const Batch<const Real> dy, const Batch<Real> saved,
-                                       const Batch<Real> dx) {
+__global__ void __launch_bounds__(kElementThreads, 1)
+    max_pool_gather_kernel(const Pool p, const Batch<const Real> dy, const Batch<Real> saved,
+                           const Batch<Real> dx) {
   p.each_input([&](int64_t t, const Holders& h) {
     const Tap* const winners = taps_of<Tap>(saved, t) + h.number;
     Real sum = 0;
