@@ -27,7 +27,8 @@ def summary(result: Document) -> list[tuple[str, ...]]:
     """Rows of a workload's table, a side each.
 
     Median ms; the distance of the quartiles in percent of it; how many times as long as metafast takes, through
-    autograd and by ``accumulate_grad``; the errors in float64 and float32; what that makes of the gradient.
+    autograd and by ``accumulate_grad``; peak of memory in MiB, if it was measured; the errors in float64 and float32;
+    what that makes of the gradient.
     """
     sides = timed(result)
     ours = {side["side"]: side["median_seconds"] for side in sides}
@@ -42,6 +43,7 @@ def summary(result: Document) -> list[tuple[str, ...]]:
                 milliseconds(median),
                 f"{100 * (third - first) / median:.0f} %",
                 *ratios,
+                mebibytes(side["peak_bytes"]) if "peak_bytes" in side else "",
                 _error(side["error_float64"]),
                 _error(side["error_float32"]),
                 side["status"],
@@ -130,6 +132,12 @@ def problems(document: Document) -> list[str]:
 def milliseconds(seconds: float) -> str:
     """Milliseconds with three digits."""
     value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mebibytes(size: float) -> str:
+    """MiB with three digits."""
+    value = size / 2**20
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

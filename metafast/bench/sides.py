@@ -33,6 +33,7 @@ class Side:
         prepare: takes a problem, of which it may change everything, and gets ready.
         learners: of "maml", "lomaml" and "protonets", those that it has.
         nets: the networks that it can do, or does in bearable time; all when empty.
+        untimed: the networks on which its gradient is checked and no more, since a meta-step takes it minutes.
         package: distribution that it needs; None where metafast and torch suffice.
         ours: metafast itself, whose mistakes are errors; the reference loops count as the others'.
         devices: types of device that it is for.
@@ -43,6 +44,7 @@ class Side:
     prepare: Callable[[Problem], Prepared]
     learners: tuple[str, ...] = ("maml", "lomaml", "protonets")
     nets: tuple[str, ...] = ()
+    untimed: tuple[str, ...] = ()
     package: str | None = None
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")

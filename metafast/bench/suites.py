@@ -15,6 +15,7 @@ from metafast.backend import Refusal, current_backend, use_backend
 from metafast.bench import peers, sides
 from metafast.bench.cost import cost_of
 from metafast.bench.machine import describe_machine
+from metafast.bench.memory import can_measure, peak_bytes
 from metafast.bench.sides import Prepared, Side
 from metafast.bench.timing import Timing, alternate, stopwatch
 from metafast.bench.workloads import WORKLOADS, Problem, Workload, build
@@ -44,14 +45,15 @@ _SMALL = ("sinusoid-k1", "sinusoid-k5", "conv4-64-small", "lomaml-sinusoid", "pr
 _FULL = tuple(name for name in WORKLOADS if not name.endswith("-small"))
 _DOORS = (sides.AUTOGRAD, sides.ACCUMULATE, sides.REFERENCE, sides.GRAPH)
 _LOOPS = (peers.LEARN2LEARN, peers.EASYFSL, peers.HIGHER, peers.TORCHOPT)
+_BATCHED = (peers.TORCHOPT_VMAP, peers.FUNC_USUAL, peers.FUNC)
 
 _ALL = (
     # Under a minute: small workloads, and the peers that need no compilation.
-    Suite("reference", _SMALL, (*_DOORS, *_LOOPS)),
+    Suite("reference", _SMALL, (*_DOORS, *_LOOPS, *_BATCHED)),
     # Full sizes, metafast's backends.
     Suite("engine", _FULL, (*_DOORS, sides.TORCH_BACKEND)),
     # Full sizes, everybody.
-    Suite("peers", _FULL, (*_DOORS, *_LOOPS, peers.COMPILE, peers.JAX)),
+    Suite("peers", _FULL, (*_DOORS, *_LOOPS, *_BATCHED, peers.COMPILE, peers.JAX)),
 )
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
@@ -63,6 +65,7 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     finished: Callable[[Document], None] = lambda result: None,
     device: torch.device = CPU,
+    memory: bool = False,
 ) -> Document:
     """Check and time workloads.
 
@@ -73,21 +76,27 @@ def run(
         progress: told what is going on.
         finished: told the result of each workload.
         device: where it is computed; on a GPU times are between CUDA's events, and float32 is without TF32.
+        memory: measure the peak of memory too, each side in a process of its own; on the CPU.
 
     Returns:
         Everything found, as plain JSON values: ``machine``, ``settings`` and a list ``workloads``, in which every
         side has its status, errors and times. :func:`metafast.bench.report.summary` and ``plot`` read it.
 
     Raises:
-        TypeError, ValueError: seconds is no number of at least 0.
+        TypeError, ValueError: seconds is no number of at least 0; memory is for the CPU.
+        RuntimeError: the system does not tell the memory of a process.
         Exception: whatever metafast itself raises; what a peer raises is its status.
     """
     _check.number("seconds", seconds, minimum=0.0)
+    if memory and device.type != "cpu":
+        raise ValueError(f"memory: expected the device cpu, got {device}")
+    if memory and not can_measure():
+        raise RuntimeError("memory: expected Linux, whose /proc tells the peak of a process's memory")
     where = describe_machine(device)
     results = []
     with full_float32():
         for workload in workloads:
-            results.append(_workload(suite, workload, seconds, progress, device))
+            results.append(_workload(suite, workload, seconds, progress, device, memory))
             finished(results[-1])
     settings = {
         "suite": suite.name,
@@ -102,7 +111,12 @@ def run(
 
 
 def _workload(
-    suite: Suite, workload: Workload, seconds: float, progress: Callable[[str], None], device: torch.device
+    suite: Suite,
+    workload: Workload,
+    seconds: float,
+    progress: Callable[[str], None],
+    device: torch.device,
+    memory: bool,
 ) -> Document:
     progress(f"{workload.name}: float64 reference")
     problem = build(workload)
@@ -122,6 +136,10 @@ def _workload(
         progress(f"{workload.name}: checking {side.name}")
         try:
             exactness = gradient_error(side.prepare(small.copy(torch.float64, device)), wanted_small)
+            if workload.net in side.untimed:
+                same = exactness is not None and exactness <= EXACT
+                result |= {"error_float64": exactness, "status": "exact, not timed" if same else "differs, not timed"}
+                continue
             prepared = side.prepare(problem.copy(device=device))
             error = gradient_error(prepared, wanted)
         except Exception as failure:
@@ -134,6 +152,9 @@ def _workload(
         if side.ours:
             result["by"] = computed_by(side, small.copy(torch.float64, device), device)
         ready[side.name] = prepared
+        if memory:
+            progress(f"{workload.name}: memory of {side.name}")
+            result["peak_bytes"] = peak_bytes(workload, side, torch.get_num_threads())
     progress(f"{workload.name}: timing {len(ready)} sides")
     measure = stopwatch(device)[1]
     timings = alternate({name: prepared.step for name, prepared in ready.items()}, seconds, measure=measure)

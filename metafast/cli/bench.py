@@ -20,6 +20,7 @@ COLUMNS = (
     "spread",
     "times\nmetafast",
     "times\naccum.",
+    "peak\nMiB",
     "error\nfloat64",
     "error\nfloat32",
     "gradient",
@@ -41,6 +42,9 @@ def bench(
         bool | None,
         typer.Option("--roofline/--no-roofline", help="Measure ceilings, and operators against them; a GPU's default."),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure the peak of memory too, each side in its own process.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Time the meta-step against the reference loops and the libraries that are installed.
@@ -56,6 +60,8 @@ def bench(
         names = [_check.choice("--workload", name, WORKLOADS) for name in workload or chosen.workloads]
         _check.number("--seconds", seconds, minimum=0.0)
         where = use_device(device, threads)
+        if memory and where.type != "cpu":
+            raise ValueError(f"--memory: expected --device cpu, got {where}")
         out.mkdir(parents=True, exist_ok=True)
     notice = Notice()
 
@@ -63,7 +69,7 @@ def bench(
         notice("")
         _print(result)
 
-    document = run(chosen, [WORKLOADS[name] for name in names], seconds, notice, finished, where)
+    document = run(chosen, [WORKLOADS[name] for name in names], seconds, notice, finished, where, memory)
     if roof or (roof is None and where.type == "cuda"):
         notice("roofline")
         document["roofline"] = roofline.measure(where, seconds / 4)
