@@ -26,8 +26,9 @@ struct Network {
   Out workspace;
   Out kept;      // where what a Hessian-vector product needs from forward and backward lies, as workspace
   Real* losses;  // (T,) a buffer
-  In input{};    // value 0
-  In w{};        // (params,)
+  BatchedProducts<Real> products;
+  In input{};  // value 0
+  In w{};      // (params,)
 
   Out at(int64_t offset) const { return offset < 0 ? Out{} : workspace + offset; }
   Out kept_at(int64_t offset) const { return offset < 0 ? Out{} : kept + offset; }
@@ -78,6 +79,7 @@ struct Network {
     c.saved = kept_at(pass.saved[index]);
     c.tsaved = at(pass.tsaved[index]);
     c.scratch = at(pass.scratch);
+    c.products = products;
     return c;
   }
 

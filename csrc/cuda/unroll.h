@@ -75,7 +75,7 @@ struct AllTasks {
 
  private:
   Network<Real> network(Pass WorkspaceLayout::* pass) const {
-    return {*job.program, job.layout->*pass, job.tasks, stream, workspace, workspace, losses};
+    return {*job.program, job.layout->*pass, job.tasks, stream, workspace, workspace, losses, job.products};
   }
   void see(const Data<Real>& data, int64_t first, Network<Real>& network, Targets<Real>& y) const {
     const Value& in = job.program->values[0];

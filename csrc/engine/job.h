@@ -3,6 +3,7 @@
 // allocates.
 #pragma once
 
+#include "../batched_product.h"
 #include "../lstm.h"
 #include "../prototypes.h"
 #include "program.h"
@@ -62,7 +63,8 @@ struct Job {
   const Program* program;
   const WorkspaceLayout* layout;
   int64_t tasks;
-  const cpu::Team* team;  // shares each task's work; null: a task is one thread's
+  const cpu::Team* team;           // shares each task's work; null: a task is one thread's
+  BatchedProducts<Real> products;  // on a device: who does large products of matrices
   Data<Real> support, query;
 
   // Parameters: for meta_step theta (params,) as the engine has it; for the others phi (T, P) or, with

@@ -173,6 +173,7 @@ class Engine::Call {
     const at::TensorOptions options = at::TensorOptions().dtype(engine_.dtype_).device(gpu_->device());
     const Tensor workspaces = at::zeros({job.tasks, job.layout->size}, options),
                  shared = at::empty({shared_}, options);
+    job.products = gpu_->products<Real>();
     gpu_->functions<Real>().run(job, workspaces.mutable_data_ptr<Real>(), shared.mutable_data_ptr<Real>(),
                                 gpu_->stream());
   }

@@ -8,6 +8,7 @@
 
 #include "../cuda/engine.h"
 #include "../cuda/weighted_sum.h"
+#include "batched_product.h"
 #include "simt.h"
 
 #ifdef METAFAST_WITH_CUDA
@@ -57,6 +58,18 @@ class Gpu {
     if (device_.is_cuda()) return kCuda;
 #endif
     TORCH_INTERNAL_ASSERT(false, "no kernels for ", device_);  // of() made none
+  }
+
+  // Who does large products of matrices; the emulator's kernels do their own, but in tests of this way.
+  template <class Real>
+  BatchedProducts<Real> products() const {
+#ifdef METAFAST_WITH_SIMT
+    if (device_.is_cpu() && simt_library_products) return {batched_product_cpu<Real>, 1};
+#endif
+#ifdef METAFAST_WITH_CUDA
+    if (device_.is_cuda()) return {batched_product_cuda<Real>, kFewestBatchedProduct};
+#endif
+    return {};
   }
 
   at::Device device() const { return device_; }

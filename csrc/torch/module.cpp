@@ -61,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef METAFAST_WITH_SIMT
   m.def("force_simt", [](bool on) { metafast::simt_forced = on; }, "CPU tensors go to the emulated kernels.");
+  m.def(
+      "simt_library_products", [](bool on) { metafast::simt_library_products = on; }, py::arg("on"),
+      "There products of plain matrices go by ATen, as large ones do on a GPU.");
   m.def("simt_order", emulator::set_order, py::arg("order"), "The order that threads and blocks run in.");
   m.def("simt_blocks", emulator::blocks, "Blocks that the emulator has run so far.");
   m.attr("SIMT_ORDERS") = emulator::kOrders;

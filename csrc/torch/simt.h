@@ -9,5 +9,8 @@ namespace metafast {
 // Whether the operators' CPU side goes there; metafast/backend.py sets it.
 inline std::atomic<bool> simt_forced{false};
 
+// Whether there products of plain matrices, of whatever size, go by ATen as large ones do on a device.
+inline std::atomic<bool> simt_library_products{false};
+
 }  // namespace metafast
 #endif

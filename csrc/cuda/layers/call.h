@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "../../batched_product.h"
 #include "../../engine/program.h"
 #include "../gpu.h"
 
@@ -58,6 +59,7 @@ struct Call {
   In dy, tdy;
   Out dx, dx1, tdx, tdx1;
   Out saved, tsaved, scratch;
+  BatchedProducts<Real> products;  // the host's: not for kernels
 };
 
 // A layer's row in the kernel table: what is missing does not compile.

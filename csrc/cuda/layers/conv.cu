@@ -8,14 +8,21 @@
 //   tfwd   ty = x * tw + tx * w (+ tb)          each a product of two pairs
 //   tbwd   tdx = tdy * w' + dy * tw',  tdw = x' * tdy + tx' * dy,  tdb = 1' * tdy
 //
-// What lies beyond the edges of x and dy are their borders' zeros. Nothing is saved. Tested by
-// tests/simt/test_kernels.py.
+// What lies beyond the edges of x and dy are their borders' zeros. Nothing is saved.
+//
+// Products of plain matrices, those of linear layers and of one tap on one pixel, go by Call::products where
+// there is one and they are large enough: to ATen's, that is cuBLAS's, on a device. A convolution's windows
+// are no such matrix. Biases, ReLUs, gates and padding stay with our kernels. The bits then hang on what the
+// library chooses for the sizes, the number of tasks among them; with one library, device and stream they
+// are the same in each run.
+//
+// Tested by tests/simt/test_kernels.py, tests/engine/test_layers.py and test_batched_product.py.
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "../launch.h"
+#include "elements.h"
 #include "product.cuh"
 #include "table.h"
 
@@ -45,6 +52,44 @@ void start(const char* name, const Product<Real>& p, CUstream_st* stream) {
   if (p.out_columns <= 16) return start<Real, 16, kADeep, kBDeep>(name, p, stream);
   if (p.out_columns <= 32) return start<Real, 32, kADeep, kBDeep>(name, p, stream);
   start<Real, 64, kADeep, kBDeep>(name, p, stream);
+}
+
+template <class Real>
+bool by_library(const BatchedProducts<Real>& products, const Product<Real>& p) {
+  for (const Axis* axis : {&p.a_row, &p.a_depth, &p.b_depth, &p.b_column, &p.out_row}) {
+    if (axis->size1.by != 1 || axis->size2.by != 1) return false;
+  }
+  const int64_t work = p.tasks * p.rows * p.columns * p.depth * p.pairs;
+  return products.function != nullptr && work > 0 && work >= products.fewest;
+}
+
+// p, of plain axes, by the library and what kernels follow it.
+template <bool kADeep, bool kBDeep, class Real>
+void start_library(const char* name, const BatchedProducts<Real>& products, const Product<Real>& p,
+                   CUstream_st* stream) {
+  const int row = p.out_row.origin;
+  for (int pair = 0; pair < p.pairs; ++pair) {
+    const Batch<const Real> a = p.a[pair] + (p.a_row.origin + p.a_depth.origin);
+    const Batch<const Real> b = p.b[pair] + (p.b_depth.origin + p.b_column.origin);
+    products.function({p.tasks,
+                       p.rows,
+                       p.columns,
+                       p.depth,
+                       {a.first, a.task, p.a_row.step0, p.a_depth.step0},
+                       {b.first, b.task, p.b_depth.step0, p.b_column.step0},
+                       {p.out.first + row, p.out.task, p.out_row.step0, 1},
+                       pair > 0},
+                      stream);
+  }
+  if (!p.bias.null() || p.relu || !p.gate.null() || p.out_columns > p.columns) {
+    launch_elements(name, finish_product_kernel<Real>, p.tasks, int64_t(p.rows) * p.out_columns, stream, p);
+  }
+  if (p.out_rows == p.rows) return;
+  // The row of ones, the biases': a product without other rows.
+  Product<Real> last = p;
+  last.rows = 0, last.out_rows = p.out_rows - p.rows, last.pairs = 1;
+  last.out_row.origin += p.rows * p.out_row.step0;
+  start<kADeep, kBDeep>(name, last, stream);
 }
 
 struct Size {
@@ -93,7 +138,7 @@ class Conv {
     p.b_column = axis(0, {out.c, of_output()});
     p.out_row = out_pixels();
     p.bias = bias, p.relu = relu, p.gate = gate;
-    start<true, false>("layer_outputs", p, stream);
+    multiply<true, false>("layer_outputs", p);
   }
 
   // Pixels of x by their place in the stride: those of one phase see the same taps.
@@ -115,7 +160,7 @@ class Conv {
         p.out_row = axis(in.origin + h.first * in.row + w.first * in.pixel, {c.samples, in.sample},
                          {h.pixels, l.stride_h * in.row}, {w.pixels, l.stride_w * in.pixel});
         if (l.gated) p.gate = c.x;
-        start<true, true>("layer_input_gradient", p, stream);
+        multiply<true, true>("layer_input_gradient", p);
       }
     }
   }
@@ -130,7 +175,7 @@ class Conv {
       p.a_row = axis(0, {out.c, 1}), p.a_depth = out_pixels();
       p.b_depth = windows(), p.b_column = axis(0, {in.c, 1});
       p.out_row = axis(0, {out.c, in.pixel});
-      start<false, false>("layer_weight_gradient", p, stream);
+      multiply<false, false>("layer_weight_gradient", p);
       if (!l.bias) return;
       // Their row is of another length: a product of its own, of ones.
       p = product({first.b, first.b}, {}, dw + bias_at());
@@ -143,7 +188,7 @@ class Conv {
     p.b_depth = out_pixels(), p.b_column = axis(0, {out.c, 1});
     // The biases' row follows the weights'.
     if (l.bias) p.out_rows = p.rows + 1, p.ones = !l.bias_cancels;
-    start<false, false>("layer_weight_gradient", p, stream);
+    multiply<false, false>("layer_weight_gradient", p);
   }
 
   In bias_of(In w) const { return l.bias ? w + bias_at() : In(); }
@@ -175,6 +220,12 @@ class Conv {
   int64_t of_channel() const { return kNarrow ? 1 : out.pixel; }
   int64_t of_output() const { return kNarrow ? in.pixel : 1; }
   int64_t bias_at() const { return kNarrow ? out.c * in.pixel : taps * in.c * out.pixel; }
+
+  template <bool kADeep, bool kBDeep>
+  void multiply(const char* name, const Product<Real>& p) const {
+    by_library(c.products, p) ? start_library<kADeep, kBDeep>(name, c.products, p, stream)
+                              : start<kADeep, kBDeep>(name, p, stream);
+  }
 
   Product<Real> product(Pair<Real> first, Pair<Real> second, Out to) const {
     Product<Real> p{};

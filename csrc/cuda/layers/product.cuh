@@ -9,11 +9,12 @@
 // k at a time, and of floats a sum of 16 comes first, for the rounding. A thread sums in the order of k: the
 // bits hang on the sizes alone. Any grid covers all.
 //
-// Not cuBLAS: what the emulator and a device run is one kernel, which the emulator's tests check; a device
-// may get cuBLAS where a measurement there says so. Tested by tests/simt/test_kernels.py.
+// Large products of plain matrices may go by a library, cuBLAS on a device (../../batched_product.h), which
+// conv.cu then starts in this kernel's place; finish_product_kernel does to its sums what is left.
+// Tested by tests/simt/test_kernels.py and, with a library's product, tests/engine/test_batched_product.py.
 #pragma once
 
-#include "call.h"
+#include "elements.cuh"
 
 namespace metafast::METAFAST_GPU {
 
@@ -195,6 +196,22 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(const Produ
       }
     }
   }
+}
+
+// What product_kernel does to sums after the factors, where a library made them in p.out: bias, relu, gate,
+// and zeros in the columns beyond p.columns.
+template <class Real>
+__global__ void __launch_bounds__(kElementThreads, 1) finish_product_kernel(const Product<Real> p) {
+  for_each_element(p.tasks, int64_t(p.rows) * p.out_columns, [&](int64_t t, int64_t index) {
+    const int row = int(index / p.out_columns), column = int(index - int64_t(row) * p.out_columns);
+    const int at = p.out_row.at(row) + column;
+    Real sum = column < p.columns ? p.out.of(t)[at] : Real(0);
+    if (!p.bias.null() && column < p.columns) sum += p.bias.of(t)[column];
+    // What a NaN would close stays open, so that it is seen.
+    if (p.relu && sum <= 0) sum = 0;
+    if (!p.gate.null() && p.gate.of(t)[at] <= 0) sum = 0;
+    p.out.of(t)[at] = sum;
+  });
 }
 
 }  // namespace metafast::METAFAST_GPU
