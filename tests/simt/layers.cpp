@@ -70,6 +70,27 @@ Wanted zeros_of(const Value& v, int64_t tasks, int64_t samples) {
   return wanted;
 }
 
+// A library's product, as plain as can be: sums from whatever the factors hold, nothing but `out` written.
+int64_t library_products = 0;
+
+template <class Real>
+void library_product(const BatchedProduct<Real>& p, CUstream_st*) {
+  ++library_products;
+  for (int64_t t = 0; t < p.tasks; ++t) {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      for (int64_t j = 0; j < p.columns; ++j) {
+        Real& to = p.out.first[t * p.out.task + i * p.out.row + j * p.out.column];
+        Real sum = p.accumulate ? to : Real(0);
+        for (int64_t k = 0; k < p.depth; ++k) {
+          sum += p.a.first[t * p.a.task + i * p.a.row + k * p.a.column] *
+                 p.b.first[t * p.b.task + k * p.b.row + j * p.b.column];
+        }
+        to = sum;
+      }
+    }
+  }
+}
+
 // One layer's four functions.
 template <class Real>
 struct LayerCheck {
@@ -99,7 +120,7 @@ struct LayerCheck {
   }
 
   // Of a layer that is first x has no tangent and is not asked for.
-  void run(bool first, bool wants_dw, bool shared) const {
+  void run(bool first, bool wants_dw, bool shared, bool library = false) const {
     const int64_t x_size = samples * in.sample, y_size = samples * out.sample,
                   depth = l.kernel_h * l.kernel_w;
     const Array<Real> x = value_of<Real>(in, tasks, samples, false),
@@ -116,6 +137,7 @@ struct LayerCheck {
     const int64_t w_task = shared ? 0 : l.params;
     call.w = {w.get(), w_task}, call.tw = {tw.get(), l.params};
     call.x = {x.get(), x_size}, call.dy = {dy.get(), y_size}, call.tdy = {tdy.get(), y_size};
+    if (library) call.products = {library_product<Real>, 1};
     call.y = {y.get(), y_size}, call.ty = {ty.get(), y_size}, call.tdw = {tdw.get(), l.params};
     if (wants_dw) call.dw = {dw.get(), l.params};
     if (!first) call.tx = {tx.get(), x_size}, call.dx = {dx.get(), x_size}, call.tdx = {tdx.get(), x_size};
@@ -206,7 +228,12 @@ void check_net(std::vector<int64_t> input, const std::vector<LayerOf>& net, int6
   for (int32_t i = 0; i < program.layer_count; ++i) {
     const Layer& l = program.layers[i];
     if (l.kind != Kind::linear && l.kind != Kind::linear_narrow && l.kind != Kind::conv2d) continue;
-    LayerCheck<Real>(program, l, tasks, samples).run(i == 0, tasks > 1, tasks == 2);
+    const LayerCheck<Real> layer(program, l, tasks, samples);
+    layer.run(i == 0, tasks > 1, tasks == 2);
+    if (l.kind == Kind::conv2d) continue;
+    const int64_t before = library_products;
+    layer.run(i == 0, tasks > 1, tasks == 2, true);
+    if (library_products == before) throw std::runtime_error("a linear layer went not by the library");
   }
 }
 
