@@ -27,10 +27,11 @@ struct BatchedProduct {
   bool accumulate;            // else out is overwritten, whatever it holds
 };
 
-// The fewest multiply-adds, of all tasks together, with which a library's product is worth it: it costs a
-// launch more (biases, ReLUs and padding follow in a kernel of their own) and the library's way on the host,
-// some 10 us on an H100 together. 2^27 of them are 4 us at the data sheet's 67 TFLOP/s in float32, of which
-// no product as small gets half. An estimate on paper: nobody has measured it (benchmarks/gpu.md).
+// The fewest multiply-adds, of all tasks together, with which a library's product is thought worth it. Beside
+// our one launch it costs up to two more (biases, ReLUs and padding are kernels of their own), 2.5 us each by
+// benchmarks/gpu.md, and some microseconds of the host. 2^27 of them take 4 us at an H100's 67 TFLOP/s in
+// float32, 12 us at a third of that: from there on what a better product saves can pay. On paper; nobody has
+// measured it.
 constexpr int64_t kFewestBatchedProduct = int64_t(1) << 27;
 
 // Starts the product on the stream of the current device and waits for nothing.
