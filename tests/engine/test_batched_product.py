@@ -4,6 +4,7 @@ emulator by the same calls with the same strides on the CPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,7 @@ def library() -> Iterator[None]:
 def mlp(*widths: int, act: type[nn.Module] = nn.ReLU, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for wide, to in zip(widths, widths[1:]):
+    for wide, to in itertools.pairwise(widths):
         layers += [nn.Linear(wide, to), act()]
     return nn.Sequential(*layers[:-1]).double()
 
