@@ -25,7 +25,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile cuda-extension cuda-check cuda-table format fuzz soak demo bench omniglot peers wheel wheel-test clean
+.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile cuda-extension cuda-check cuda-table format fuzz soak demo bench omniglot omniglot-agreement peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -145,6 +145,9 @@ bench: build
 
 omniglot: build
 	$(BIN)/python benchmarks/omniglot.py $(OMNIGLOT)
+
+omniglot-agreement: build
+	$(BIN)/python benchmarks/omniglot_agreement.py $(OMNIGLOT)
 
 peers:
 	bash benchmarks/install_peers.sh

@@ -176,6 +176,25 @@ def omniglot_reference(path: Path) -> str:
     return _rows(header, rows)
 
 
+def omniglot_agreement(path: Path) -> str:
+    """The float64 trainings of metafast and of the reference, and the accuracies that float32 leaves open."""
+    rows = []
+    for name, found in _load(path)["rows"].items():
+        double = found["float64"]
+        means = [100 * one["accuracy"]["mean"] for one in found["float32"]]
+        rows.append(
+            [
+                name,
+                str(found["iterations"]),
+                *(_percent(double[side]["accuracy"]) for side in ("metafast", "reference")),
+                f"{double['weights_apart']:.0e}",
+                f"{min(means):.1f} to {max(means):.1f} % ({len(means)})",
+            ]
+        )
+    header = ["row", "meta-steps", "float64: metafast", "reference", "weights apart", "float32, by a rounding"]
+    return _rows(header, rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "medians": medians,
     "errors": errors,
@@ -186,6 +205,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "omniglot": omniglot,
     "omniglot-alphabets": omniglot_alphabets,
     "omniglot-reference": omniglot_reference,
+    "omniglot-agreement": omniglot_agreement,
 }
 
 

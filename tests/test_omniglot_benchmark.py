@@ -1,11 +1,14 @@
-"""benchmarks/omniglot.py: its recipes, and all of its tests on drawings made up here."""
+"""benchmarks/omniglot.py and omniglot_agreement.py: the recipes, and all of its tests on drawings made up here."""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
+import importlib
 import io
 import json
+import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,12 +27,18 @@ CHARACTERS = {"Alpha": 20, "Beta": 2, "Gamma": 20, "Delta": 2}
 
 
 @pytest.fixture(scope="module")
-def omniglot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("omniglot_benchmark", ROOT / "benchmarks" / "omniglot.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    """The two scripts; the second imports the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield {name: importlib.import_module(name) for name in ("omniglot", "omniglot_agreement")}
+    for name in ("omniglot", "omniglot_agreement"):
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def omniglot(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["omniglot"]
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +97,14 @@ def test_the_reference_is_the_same_training(
 ) -> None:
     row = f"small/{learner}-5way-1shot"
     weights = {}
-    trained = tiny._train_and_test
+    trained = tiny.train_and_test
 
     def keep(*arguments: object) -> object:
         found = trained(*arguments)
         weights["reference" if len(arguments) == 5 else "metafast"] = found[0].state_dict()
         return found
 
-    monkeypatch.setattr(tiny, "_train_and_test", keep)
+    monkeypatch.setattr(tiny, "train_and_test", keep)
     result = tiny.run(row, drawings, with_reference=True, say=lambda line: None)
     assert result["reference"]["agrees"]
     recipe = tiny.recipe_of(row)[0]
@@ -151,6 +160,11 @@ def test_rows_are_written_and_resumed(tiny: ModuleType, drawings: Path, capsys: 
     rows = ["small/protonets-20way-1shot", "small-swapped/fomaml-20way-1shot"]
     assert tiny.main([*root, "--minutes", "0", *rows]) == 1
     assert "no time was left for" in capsys.readouterr().out and not tiny.RESULT.exists()
+    # Several rows in one run, not in their order.
+    assert tiny.main([*root, rows[1], "small-swapped/fomaml-5way-1shot", "small/fomaml-5way-1shot"]) == 0
+    whole = list(json.loads(tiny.RESULT.read_text())["rows"])
+    assert whole == ["small/fomaml-5way-1shot", "small-swapped/fomaml-5way-1shot", rows[1]]
+    tiny.RESULT.unlink()
     assert tiny.main([*root, rows[1]]) == 0
     first = json.loads(tiny.RESULT.read_text())
     assert tiny.main([*root, "--resume", *rows]) == 0
@@ -192,3 +206,50 @@ def test_bad_input(omniglot: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
         assert words in capsys.readouterr().err
     assert omniglot.main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 32
+
+
+@pytest.fixture
+def agreement(
+    tiny: ModuleType, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> ModuleType:
+    """With the small nets of ``tiny``, and the result elsewhere."""
+    monkeypatch.setattr(scripts["omniglot_agreement"], "recipe_of", tiny.recipe_of)
+    monkeypatch.setattr(scripts["omniglot_agreement"], "RESULT", tmp_path / "agreement.json")
+    return scripts["omniglot_agreement"]
+
+
+def test_float64_trainings_agree(agreement: ModuleType, drawings: Path) -> None:
+    root = ["--data-root", str(drawings), "--threads", "1", "--trainings", "2"]
+    assert agreement.main(root) == 0
+    document = json.loads(agreement.RESULT.read_text())
+    assert list(document["rows"]) == agreement.ROWS
+    for found in document["rows"].values():
+        assert found["float64"]["agrees"] and found["float64"]["weights_apart"] <= 1e-9
+        assert len(found["float32"]) == 2
+    assert agreement.main([*root, "--resume", "--minutes", "0"]) == 0
+    assert json.loads(agreement.RESULT.read_text())["rows"] == document["rows"]
+    assert agreement.main([*root, "--minutes", "0"]) == 1
+
+
+def test_a_reference_that_is_another_does_not_agree(
+    agreement: ModuleType, drawings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(learner: mf.MAML) -> object:
+        learner.first_order = True
+        return omniglot_reference(learner)
+
+    omniglot_reference = agreement.Reference
+    monkeypatch.setattr(agreement, "Reference", wrong)
+    row = "small/maml-5way-1shot"
+    assert agreement.main(["--data-root", str(drawings), "--threads", "1", "--trainings", "0", row]) == 1
+    assert f"does not agree in float64 on {row}" in capsys.readouterr().out
+    assert json.loads(agreement.RESULT.read_text())["rows"][row]["float64"]["weights_apart"] > agreement.BAR
+
+
+def test_weights_are_off_by_a_rounding(agreement: ModuleType) -> None:
+    learner = mf.MAML(mf.models.Conv4(5, 2))
+    before = [weight.detach().clone() for weight in learner.parameters()]
+    assert agreement.weights_apart(agreement.nudged(copy.deepcopy(learner), 0), learner) == pytest.approx(1e-7, rel=0.1)
+    moved = [((a.detach() - b).abs(), b.abs()) for a, b in zip(agreement.nudged(learner, 0).parameters(), before)]
+    assert all((step <= 2**-22 * size).all() for step, size in moved)
+    assert 0.3 < sum(int(step.count_nonzero()) for step, _ in moved) / sum(size.numel() for _, size in moved) < 0.8
