@@ -4,7 +4,8 @@
 //   a_K = grad L_q(phi_K), a_k = a_k+1 - lr H_s(phi_k) a_k+1    d loss / d theta = a_0 (first order: a_K)
 //
 // Letters: T tasks, K inner steps, P parameters, N samples of a task, D features. Parameters are layer by
-// layer (D_l+1, D_l) weights, then (D_l+1,) biases.
+// layer (D_l+1, D_l) weights, then (D_l+1,) biases; `source` says where each of them lies in the caller's
+// order.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +39,13 @@ struct MlpMetaStep {
   int64_t tasks, steps;
   Real lr;
   bool first_order;
-  const Real* theta;  // (P,)
+  // (size,): which parameter each element of theta and of a gradient is, -1: none, 0; null: the same, size P.
+  const int64_t* source;
+  int64_t size;
+  const Real* theta;  // (size,)
   MlpSet<Real> support, query;
-  Real *losses, *logits, *grads;  // (T,), (T, Nq, D_L), (T, P), overwritten
-  Real* tape;                     // (T, K, P) of any content
+  Real *losses, *logits, *grads;  // (T,), (T, Nq, D_L), (T, size), overwritten; grads null: not wanted
+  Real* tape;                     // (T, K, P) of any content, unless first order or without grads
 };
 
 }  // namespace metafast

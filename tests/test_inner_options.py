@@ -107,7 +107,10 @@ def test_query_weights_may_change() -> None:
     first = maml(episodes).loss
     maml.query_weights = (0.0, 1.0)
     assert maml(episodes).loss != first
-    assert torch.equal(maml(episodes).losses, mf.MAML(model, lr=0.1, steps=2)(episodes).losses)
+    # On a GPU the plain learner's is another kernel.
+    torch.testing.assert_close(
+        maml(episodes).losses, mf.MAML(model, lr=0.1, steps=2)(episodes).losses, rtol=1e-12, atol=0
+    )
 
 
 def test_adapt_steps_through_the_batches() -> None:

@@ -1,4 +1,5 @@
 #include "engine.h"
+#include "mlp_meta_step.h"
 #include "unroll.h"
 
 namespace metafast::METAFAST_GPU {
@@ -10,10 +11,30 @@ void meta_step_of(AllTasks<Real>& all, Shared<Real>& shared) {
   meta_step(all, rule);
 }
 
+// What mlp_meta_step.cuh does alone, but the accuracy.
+template <class Real>
+void run_in_one_launch(const Job<Real>& job, Real* tape, CUstream_st* stream) {
+  const Program& program = *job.program;
+  const int64_t samples = job.layout->query.samples, d = program.values[program.value_count - 1].c;
+  const auto set = [](const Data<Real>& data, int64_t count) {
+    return MlpSet<Real>{count, data.x, data.values, data.labels};
+  };
+  mlp_meta_step(
+      MlpMetaStep<Real>{*program.mlp, job.tasks, job.steps, job.rate, job.first_order, program.source,
+                        program.params, job.theta, set(job.support, job.layout->support.samples),
+                        set(job.query, samples), job.losses, job.logits, job.gradient, tape},
+      stream);
+  if (job.accuracy == nullptr) return;
+  const Value plain{d, 1, 1, 0, d, d, d, 0};
+  accuracy<Real>(plain, job.tasks, samples, {job.logits, samples * d}, job.query.labels, job.accuracy,
+                 stream);
+}
+
 }  // namespace
 
 template <class Real>
 int64_t shared_workspace(const Job<Real>& job, bool wants_gradient) {
+  if (job.one_launch) return wants_gradient ? job.tasks * job.steps * job.program->mlp->size() : 0;
   Shared<Real> shared(nullptr);
   shared.take(job.tasks);  // AllTasks
   if (job.what == What::prototypes) {
@@ -26,6 +47,7 @@ int64_t shared_workspace(const Job<Real>& job, bool wants_gradient) {
 
 template <class Real>
 void run(const Job<Real>& job, Real* workspace, Real* memory, CUstream_st* stream) {
+  if (job.one_launch) return run_in_one_launch(job, memory, stream);
   Shared<Real> shared(memory);
   AllTasks<Real> all(job, workspace, shared, stream);
   if (job.what == What::prototypes) {

@@ -12,8 +12,8 @@ namespace metafast {
 // query_weights; throw std::runtime_error where a launch is refused. Do not wait.
 //
 // Inputs and targets of the support come batch after batch, (batches, T, N, ...). Each task's gradient goes
-// to a row of its own. `workspace` is layout->size elements for each task, zeros; `shared` as many of any
-// content as shared_workspace says, of a job that needs no data yet.
+// to a row of its own. `workspace` is layout->size elements for each task, zeros, none for a job of one
+// launch; `shared` as many of any content as shared_workspace says, of a job that needs no data yet.
 namespace cuda {
 template <class Real>
 int64_t shared_workspace(const Job<Real>& job, bool wants_gradient);

@@ -221,21 +221,29 @@ __global__ void __launch_bounds__(kMlpThreads, 1)
   const int size = layout.weights_at[a.shape.layers];
   Real *const phi = task.phi, *const adjoint = task.adjoint, *const tape = a.tape + t * a.steps * size;
   const Real lr = a.lr;
-  for (int p = int(threadIdx.x); p < size; p += kMlpThreads) phi[p] = a.theta[p];
+  const bool returns = !a.first_order && a.grads != nullptr;
+  const auto parameter = [&](int64_t e) { return a.source == nullptr ? e : a.source[e]; };
+  for (int64_t e = int(threadIdx.x); e < a.size; e += kMlpThreads) {
+    if (parameter(e) >= 0) phi[parameter(e)] = a.theta[e];
+  }
   __syncthreads();
   for (int64_t k = 0; k < a.steps; ++k) {
-    for (int p = int(threadIdx.x); p < size && !a.first_order; p += kMlpThreads) tape[k * size + p] = phi[p];
+    for (int p = int(threadIdx.x); p < size && returns; p += kMlpThreads) tape[k * size + p] = phi[p];
     task.template sweep<false>(a.support, [=](int p, Real g) { phi[p] -= lr * g; }, nullptr, nullptr);
   }
   const int64_t outputs = a.query.samples * a.shape.widths[a.shape.layers];
   task.template sweep<false>(
       a.query, [=](int p, Real g) { adjoint[p] = g; }, a.losses + t, a.logits + t * outputs);
-  for (int64_t k = a.steps - 1; k >= 0 && !a.first_order; --k) {
+  for (int64_t k = a.steps - 1; k >= 0 && returns; --k) {
     for (int p = int(threadIdx.x); p < size; p += kMlpThreads) phi[p] = tape[k * size + p];
     __syncthreads();
     task.template sweep<true>(a.support, [=](int p, Real h) { adjoint[p] -= lr * h; }, nullptr, nullptr);
   }
-  for (int p = int(threadIdx.x); p < size; p += kMlpThreads) a.grads[t * size + p] = adjoint[p];
+  if (a.grads == nullptr) return;
+  for (int64_t e = int(threadIdx.x); e < a.size; e += kMlpThreads) {
+    const int64_t p = parameter(e);
+    a.grads[t * a.size + e] = p < 0 ? Real(0) : adjoint[p];
+  }
 }
 
 }  // namespace metafast::METAFAST_GPU

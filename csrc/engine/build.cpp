@@ -55,6 +55,8 @@ Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers,
   program_.layer_count = int32_t(layers_.size());
   program_.params = int64_t(source_.size());
   program_.source = source_.data();
+  mlp_ = find_mlp();
+  program_.mlp = mlp_ ? &*mlp_ : nullptr;
 }
 
 double Plan::operations() const {

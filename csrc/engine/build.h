@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -61,6 +62,7 @@ class Plan {
   void decide_winograd(Layer& l) const;
   void decide_saved();
   void decide_reads();
+  std::optional<MlpShape> find_mlp() const;  // mlp.cpp
   Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t steps,
                  int64_t& size, int64_t& kept) const;
 
@@ -73,6 +75,7 @@ class Plan {
   std::vector<std::vector<int64_t>> reads_;  // of each layer
   std::vector<int32_t> shared_;              // values that several gradients arrive at
   int64_t scratch_per_call_ = 0;
+  std::optional<MlpShape> mlp_;
   Program program_{};
   std::mutex mutex_;
   std::vector<std::pair<Key, std::shared_ptr<LayoutStore>>> layouts_;  // the latest last

@@ -64,6 +64,7 @@ struct Job {
   const WorkspaceLayout* layout;
   int64_t tasks;
   const cpu::Team* team;           // shares each task's work; null: a task is one thread's
+  bool one_launch;                 // on a device: program->mlp, plain steps, and a task fits into a block
   BatchedProducts<Real> products;  // on a device: who does large products of matrices
   Data<Real> support, query;
 

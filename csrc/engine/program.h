@@ -23,6 +23,8 @@
 
 #include <cstdint>
 
+#include "../mlp_meta_step.h"
+
 namespace metafast {
 
 constexpr int kVectorBytes = 64;
@@ -99,6 +101,7 @@ struct Program {
   const int64_t* source;  // (params,): index in the user's flat vector, -1 for padding
   int64_t adapting;       // of those indices, the first so many adapt; the others are constants
   LossKind loss;
+  const MlpShape* mlp;  // the network as this, its parameters in the user's order; null: it is none
 };
 
 // Where the buffers of one pass over N samples lie in a thread's workspace, in elements, -1 where there is

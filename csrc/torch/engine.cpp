@@ -147,7 +147,7 @@ class Engine::Call {
  public:
   Call(Engine& engine, at::Device device, What what, bool wants_gradient, int64_t tasks, int64_t support,
        int64_t query, int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
-       const HeadShape* head = nullptr)
+       const HeadShape* head = nullptr, bool one_launch = false)
       : engine_(engine), gpu_(Gpu::of(device)) {
     Plan& plan = gpu_ ? engine.gpu_plan_ : engine.plan_;
     job.what = what;
@@ -157,6 +157,7 @@ class Engine::Call {
     job.batches = 1;
     job.learned = learned;
     job.head = head;
+    job.one_launch = one_launch;
     const int64_t rule = gpu_ ? 0 : functions<Real>().rule_workspace(job, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
     layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
@@ -171,7 +172,7 @@ class Engine::Call {
   // Memory is torch's, whose allocator knows when the stream is done with it.
   void run_at_once() {
     const at::TensorOptions options = at::TensorOptions().dtype(engine_.dtype_).device(gpu_->device());
-    const Tensor workspaces = at::zeros({job.tasks, job.layout->size}, options),
+    const Tensor workspaces = at::zeros({job.one_launch ? 0 : job.tasks, job.layout->size}, options),
                  shared = at::empty({shared_}, options);
     job.products = gpu_->products<Real>();
     gpu_->functions<Real>().run(job, workspaces.mutable_data_ptr<Real>(), shared.mutable_data_ptr<Real>(),
@@ -336,7 +337,8 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const c10::DeviceGuard guard(device);
   check_inner(inner, shots, device);
   const int64_t batch = inner.batch > 0 ? inner.batch : shots;
-  const bool on_gpu = Gpu::of(device).has_value();
+  const std::optional<Gpu> gpu = Gpu::of(device);
+  const bool on_gpu = gpu.has_value();
   const Side s = on_gpu ? by_batches(support, shots / batch) : contiguous(support), q = contiguous(query);
   const Tensor fixed = constants.defined() ? constants.contiguous() : constants;
   const Tensor rates = inner.rates ? inner.rates->contiguous() : Tensor();
@@ -372,9 +374,14 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
       learned.place = place.const_data_ptr<int64_t>();
     }
     const HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
+    const bool plain = !inner.rates && inner.lstm.empty() && inner.truncate == 0 && batch == shots &&
+                       inner.query_weights.empty() && !compares && !cotangent;
+    const bool one_launch = on_gpu && plain && one_launch_where_fit && program.mlp != nullptr &&
+                            gpu->functions<Real>().fits_mlp_meta_step(*program.mlp, std::max(shots, queries));
     Call<Real> call(*this, device, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
                     inner.steps > 0 ? batch : 0, compares ? shots + queries : queries, inner.steps,
-                    !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr);
+                    !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr,
+                    one_launch);
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);

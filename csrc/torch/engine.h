@@ -50,6 +50,10 @@ struct Inner {
   int64_t lstm_hidden() const { return lstm[size_t(3 * lstm_layers())].numel(); }
 };
 
+// Whether a GPU does plain meta-steps of networks that are small MLPs in one launch; tests and benchmarks
+// want the other way, too.
+inline std::atomic<bool> one_launch_where_fit{true};
+
 struct MetaOutcome {
   at::Tensor loss, losses, logits;
   std::optional<at::Tensor> accuracy;  // for labels

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../cuda/engine.h"
+#include "../cuda/mlp_meta_step.h"
 #include "../cuda/weighted_sum.h"
 #include "batched_product.h"
 #include "simt.h"
@@ -24,6 +25,7 @@ struct GpuFunctions {
   decltype(&cuda::to_engine<Real>) to_engine;
   decltype(&cuda::to_user<Real>) to_user;
   decltype(&cuda::weighted_sum<Real>) weighted_sum;
+  decltype(&cuda::fits_mlp_meta_step<Real>) fits_mlp_meta_step;
 };
 
 // Kernels go to the current stream of the device, which must be the current one.
@@ -47,14 +49,14 @@ class Gpu {
   const GpuFunctions<Real>& functions() const {
 #ifdef METAFAST_WITH_SIMT
     static constexpr GpuFunctions<Real> kSimt{simt::shared_workspace<Real>, simt::run<Real>,
-                                              simt::to_engine<Real>, simt::to_user<Real>,
-                                              simt::weighted_sum<Real>};
+                                              simt::to_engine<Real>,        simt::to_user<Real>,
+                                              simt::weighted_sum<Real>,     simt::fits_mlp_meta_step<Real>};
     if (device_.is_cpu()) return kSimt;
 #endif
 #ifdef METAFAST_WITH_CUDA
     static constexpr GpuFunctions<Real> kCuda{cuda::shared_workspace<Real>, cuda::run<Real>,
-                                              cuda::to_engine<Real>, cuda::to_user<Real>,
-                                              cuda::weighted_sum<Real>};
+                                              cuda::to_engine<Real>,        cuda::to_user<Real>,
+                                              cuda::weighted_sum<Real>,     cuda::fits_mlp_meta_step<Real>};
     if (device_.is_cuda()) return kCuda;
 #endif
     TORCH_INTERNAL_ASSERT(false, "no kernels for ", device_);  // of() made none

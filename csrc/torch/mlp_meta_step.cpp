@@ -1,5 +1,6 @@
-// mlp_meta_step, the front door from torch to the fused meta-step of small networks on CUDA. No learner calls
-// it yet: the operator is in builds with the emulator or with CUDA, for tests/ops/test_mlp_meta_step.py.
+// mlp_meta_step, the front door from torch to the fused meta-step of small networks on CUDA, alone: learners
+// come to it by cuda/engine.cu. The operator is in builds with the emulator or with CUDA, for
+// tests/ops/test_mlp_meta_step.py.
 //
 // From here to the loop: cuda/mlp_meta_step.cuh; what it takes is in mlp_meta_step.h.
 #if defined(METAFAST_WITH_SIMT) || defined(METAFAST_WITH_CUDA)
@@ -117,10 +118,10 @@ Outcome mlp_meta_step(const Tensor& theta, at::IntArrayRef widths, c10::string_v
   with_real(dtype, [&](auto real) {
     using Real = decltype(real);
     const bool labels = shape.cross_entropy;
-    gpu.step(MlpMetaStep<Real>{shape, tasks, steps, Real(lr), first_order, from.const_data_ptr<Real>(),
-                               support.memory<Real>(labels), query.memory<Real>(labels),
-                               losses.mutable_data_ptr<Real>(), logits.mutable_data_ptr<Real>(),
-                               grads.mutable_data_ptr<Real>(), tape.mutable_data_ptr<Real>()});
+    gpu.step(MlpMetaStep<Real>{
+        shape, tasks, steps, Real(lr), first_order, nullptr, size, from.const_data_ptr<Real>(),
+        support.memory<Real>(labels), query.memory<Real>(labels), losses.mutable_data_ptr<Real>(),
+        logits.mutable_data_ptr<Real>(), grads.mutable_data_ptr<Real>(), tape.mutable_data_ptr<Real>()});
     gpu.sum(WeightedSum<Real>{grads.const_data_ptr<Real>(), by.const_data_ptr<Real>(), tasks, size,
                               gradient.mutable_data_ptr<Real>()});
   });

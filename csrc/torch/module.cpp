@@ -59,6 +59,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
   m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
 
+  m.def(
+      "one_launch_where_fit", [](bool on) { metafast::one_launch_where_fit = on; }, py::arg("on"),
+      "On a GPU, plain meta-steps of small MLPs are one launch: on unless told otherwise.");
+
 #ifdef METAFAST_WITH_SIMT
   m.def("force_simt", [](bool on) { metafast::simt_forced = on; }, "CPU tensors go to the emulated kernels.");
   m.def(

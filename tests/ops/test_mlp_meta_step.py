@@ -1,4 +1,4 @@
-"""The fused meta-step of small networks, which no learner calls yet, against the reference loop in float64."""
+"""The fused meta-step of small networks, the kernel alone, against the reference loop in float64."""
 
 from __future__ import annotations
 

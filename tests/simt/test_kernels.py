@@ -27,7 +27,7 @@ def test_layers_and_losses(
 ) -> None:
     kernels = [FOLDER / "layers.cpp", CSRC / "cuda/layers/conv.cu", CSRC / "cuda/layers/loss.cu"]
     program_name = "layers-address" if sanitized else "layers"
-    host = [CSRC / "engine/build.cpp"]
+    host = sorted((CSRC / "engine").glob("*.cpp"))
     program = compiled(tmp_path_factory, worker_id, program_name, kernels, host, sanitized=sanitized)
     for dtype in ("float32", "float64"):
         assert program.run(f"{name} {dtype}") == (0, "ok\n")
