@@ -30,12 +30,13 @@ class MiniImageNet(ClassTable):
         TypeError: an argument of the wrong type.
         FileNotFoundError: root is no folder or has neither layout; a picture that the CSV file names is
             missing.
-        ValueError: an unknown split, a CSV file of another form, a damaged picture; the message names the
-            file.
+        ValueError: an unknown split, a CSV file of another form, a damaged picture, one of more pixels than Pillow's
+            ``MAX_IMAGE_PIXELS``; the message names the file.
         ImportError: Pillow is not installed.
 
     Pictures of another size are resized with Lanczos' filter, as the MAML paper's code does. The whole split
-    is decoded once and held as uint8: 810 MB for "train".
+    is decoded once and held as uint8: 810 MB for "train". A PNG's checksums are checked; a JPEG has none, so
+    that a flipped bit in its pixels may go unnoticed.
 
     Example:
         >>> data = MiniImageNet("data/miniimagenet", "train")  # doctest: +SKIP
@@ -77,7 +78,9 @@ def _from_csv(table: Path, images: Path) -> dict[str, list[Path]]:
                 if not row["filename"] or not row["label"]:
                     raise ValueError(f"{str(table)!r}, line {rows.line_num}: expected a filename and a label")
                 path = images / row["filename"]
-                if not path.is_file():
+                if Path(row["filename"]).is_absolute() or ".." in Path(row["filename"]).parts:
+                    raise ValueError(f"{str(table)!r}, line {rows.line_num}: {row['filename']!r} is not inside images/")
+                if not os.path.isfile(path):  # not path.is_file(), which raises on a name that is too long
                     raise FileNotFoundError(f"{str(table)!r}, line {rows.line_num}: no file {str(path)!r}")
                 files.setdefault(row["label"], []).append(path)
     except (UnicodeDecodeError, csv.Error) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,13 @@ SOURCES = {
 SPLITS = ("train", "test", "all")
 PAPER_SIZE = 105
 SIZE = 28
+MOST_BYTES = 2**20  # of a drawing's file: the official ones have some 400
+# What zipfile raises on damaged files: BadZipFile for most, ValueError for names that are no UTF-8, the others for
+# versions and offsets that make no sense and from the depths of the decompressor.
+_DAMAGED = (
+    *(zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError, OverflowError),
+    *(struct.error, zlib.error),
+)
 
 
 class Omniglot(ClassTable):
@@ -131,15 +139,56 @@ def _read_zip(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """The PNG files of a zip file, in the order of their names."""
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"root: {str(path)!r} is no readable zip file ({error})") from error
     with archive:
-        for file in sorted(PurePosixPath(name) for name in archive.namelist() if name.endswith(".png")):
-            try:
-                content = archive.read(str(file))
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-                raise ValueError(f"{file} in {str(path)!r}: damaged zip member ({error})") from error
-            yield file, content
+        told = _told_members(path)
+        if told not in (0xFFFF, len(archive.infolist()) % 2**16):
+            raise ValueError(
+                f"root: {str(path)!r} is no readable zip file (its directory lists {len(archive.infolist())} members, "
+                f"its end tells of {told})"
+            )
+        members: dict[PurePosixPath, zipfile.ZipInfo] = {}
+        for member in archive.infolist():
+            file = PurePosixPath(member.filename)
+            if file in members:
+                raise ValueError(f"{file} in {str(path)!r}: damaged zip member (its name is there twice)")
+            members[file] = member
+        for file, member in sorted(members.items()):
+            content = _read_member(archive, member, file, f"{file} in {str(path)!r}")
+            if file.suffix == ".png":
+                yield file, content
+
+
+def _told_members(path: Path) -> int:
+    """How many members the end of a zip file tells of; 0xFFFF: more.
+
+    zipfile does not look, and one flipped bit in the length of a comment makes the members behind it part of that.
+    """
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 22 - 2**16))
+        tail = stream.read()
+    start = tail.rfind(b"PK\5\6") + 10
+    return int.from_bytes(tail[start : start + 2], "little")
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: PurePosixPath, name: str) -> bytes:
+    """A drawing's bytes; of others the headers are checked, since a damaged name makes a drawing one of these."""
+    drawing = file.suffix == ".png"
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"{name}: damaged zip member (its name leads out of the archive)")
+    if member.flag_bits & 1:
+        raise ValueError(f"{name}: damaged zip member (it is encrypted)")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # The other methods' decompressors do not stop at the size that the directory gives.
+        raise ValueError(f"{name}: damaged zip member (compression method {member.compress_type})")
+    if drawing and member.file_size > MOST_BYTES:
+        raise ValueError(f"{name}: expected a drawing of at most {MOST_BYTES} bytes, got {member.file_size}")
+    try:
+        with archive.open(member) as stream:
+            return stream.read() if drawing else b""
+    except _DAMAGED as error:
+        raise ValueError(f"{name}: damaged zip member ({error})") from error
 
 
 def _read_split(root: Path, split: str, source: str | None) -> _Drawings:
@@ -192,9 +241,7 @@ def _decode(drawings: _Drawings) -> Tensor:
 
 def _ink(content: bytes, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """(105, 105), 1 where there is ink: the files are black on white."""
-    pixels = np.asarray(decode(content, name, "L"))
-    if pixels.shape != (PAPER_SIZE, PAPER_SIZE):
-        raise ValueError(f"{name}: expected {PAPER_SIZE}x{PAPER_SIZE} pixels, got {pixels.shape[1]}x{pixels.shape[0]}")
+    pixels = np.asarray(decode(content, name, "L", (PAPER_SIZE, PAPER_SIZE)))
     return (pixels < 128).astype(np.float32)
 
 
