@@ -324,7 +324,7 @@ def test_a_png_s_checksums(one_picture: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [9500, 60000])  # Pillow warns, Pillow refuses
-@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_png_bomb(one_picture: Path, tmp_path: Path, side: int) -> None:
     header = struct.pack(">II", side, side) + b"\1\0\0\0\0"
     pixels = zlib.compress(bytes(side * (1 + (side + 7) // 8)) if side < 10000 else b"")
@@ -336,7 +336,7 @@ def test_a_png_bomb(one_picture: Path, tmp_path: Path, side: int) -> None:
         )
     )
     one_picture.write_bytes(bomb)
-    with pytest.raises(ValueError, match=rf"^'.*a\.png': .*{Image.MAX_IMAGE_PIXELS} pixels|decompression bomb"):
+    with pytest.raises(ValueError, match=rf"^'.*a\.png': .*({Image.MAX_IMAGE_PIXELS} pixels|decompression bomb)"):
         MiniImageNet(tmp_path)
     write_zip(tmp_path, {**DRAWINGS, FIRST: bomb})
     with pytest.raises(ValueError, match=rf"^{FIRST} in .*(105x105 pixels, got 9500x9500|decompression bomb)"):
