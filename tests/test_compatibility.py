@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import warnings
 from collections.abc import Callable
@@ -121,6 +122,94 @@ def test_bfloat16_autocast(kind: str) -> None:
     assert len(said) <= 1
     if _native.status().available:
         assert "autocast is on" in said[0] or "runs by a loop over tasks, which is slower" in said[0]
+
+
+def bfloat16() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:metafast. Sequential runs by")
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_accumulate_grad_under_autocast_is_backward_behind_it(kind: str, ragged: bool) -> None:
+    learner, episodes = made(kind).float(), episodes_for("mlp").to(dtype=torch.float32)
+    if ragged:
+        mask = torch.ones_like(episodes.support_y, dtype=torch.bool)
+        mask[0, -1] = False
+        episodes = dataclasses.replace(episodes, support_mask=mask)
+    with bfloat16():
+        out = learner(episodes)
+    out.loss.backward()
+    wanted = gradient(learner)
+    learner.zero_grad()
+    with bfloat16():
+        found = learner.accumulate_grad(episodes)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.losses, out.losses)
+    if ragged:  # a sum over groups, made in another order
+        assert relative_error(gradient(learner), wanted) <= 1e-6
+    else:
+        assert torch.equal(gradient(learner), wanted)
+
+
+class Telling(torch.autograd.Function):
+    """The identity; its backward notes whether autocast is on."""
+
+    generate_vmap_rule = True
+    told: tuple[bool, ...] = ()
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        Telling.told += (torch.is_autocast_enabled("cpu"),)
+        return cotangent
+
+
+class Tells(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        told: Tensor = Telling.apply(x)
+        return told
+
+
+@pytest.mark.filterwarnings("ignore:metafast. Sequential runs by")
+def test_a_backward_pass_does_not_see_autocast() -> None:
+    learner = mf.ProtoNets(nn.Sequential(nn.Linear(6, 4), Tells()))
+    episodes = episodes_for("mlp").to(dtype=torch.float32)
+    Telling.told = ()
+    with bfloat16():
+        learner.accumulate_grad(episodes)
+    assert Telling.told and not any(Telling.told)
+
+
+@pytest.mark.filterwarnings("ignore:metafast. Sequential runs by")
+@pytest.mark.parametrize("kind", ["mlp", "layer_norm"])  # the latter goes through vmap without autocast alone
+@pytest.mark.parametrize("first", [False, True])
+def test_nothing_stays_of_autocast_nor_of_its_lack(kind: str, first: bool) -> None:
+    """Recordings of recurrent calls, after a dozen, and the choice of the loop are each kind of call's own."""
+    episodes = episodes_for(kind).to(dtype=torch.float32)
+
+    def run(learner: Any, under: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            out = learner(episodes)
+        learner.zero_grad()
+        out.loss.backward()
+        return [out.losses.detach(), gradient(learner)]
+
+    with mf.use_backend("torch"):
+        wanted = {under: run(mf.MAML(build(kind).float(), lr=0.1, steps=2), under) for under in (False, True)}
+        assert not torch.equal(wanted[False][0], wanted[True][0])
+        learner = mf.MAML(build(kind).float(), lr=0.1, steps=2)
+        for under in (first, not first, first):
+            for _ in range(16):
+                found = run(learner, under)
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted[under]))
 
 
 # Those that take only sparse gradients are for embeddings.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from metafast.engine.autocast import autocast_state
 from metafast.engine.looped import LoopEngine
 from metafast.engine.native import NativeEngine
 from metafast.engine.networks import NativeNetwork
@@ -19,7 +21,7 @@ Engine = NativeEngine | VmapEngine | LoopEngine
 
 
 class EngineChoice:
-    """Chooses and remembers an engine for one learner, for each mode (train, eval) of its model."""
+    """Chooses and remembers an engine for one learner, for each mode (train, eval) of its model and each autocast."""
 
     def __init__(self, task: TaskModel, rule: UpdateRule, first_order: bool) -> None:
         self.vmapped = VmapEngine(task, rule, first_order)
@@ -27,14 +29,14 @@ class EngineChoice:
         self.task = task
         self.rule = rule
         self.first_order = first_order
-        self._chosen: dict[tuple[bool, ...], Engine] = {}
+        self._chosen: dict[tuple[Hashable, ...], Engine] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Engine:
         """The engine for support sets x (T, Ns, ...), y (T, Ns, ...); warns once if it is not the native one."""
         network = self.task.native(x)
         if network is not None:
             return self.on(network)
-        mode = self.task.mode()
+        mode = (*self.task.mode(), *autocast_state(x.device))
         if mode not in self._chosen:
             reason = vmap_obstacle(self.task, x[:1], y[:1])
             self._chosen[mode] = self.looped if reason else self.vmapped

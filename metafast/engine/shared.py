@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
 
+from metafast.engine.autocast import autocast_state
 from metafast.engine.networks import NativeNetwork
 from metafast.engine.select import warn_of_loop
 from metafast.engine.task_model import TaskModel
@@ -19,7 +21,7 @@ class SharedForward:
 
     def __init__(self, task: TaskModel) -> None:
         self.task = task
-        self._obstacles: dict[tuple[bool, ...], str | None] = {}
+        self._obstacles: dict[tuple[Hashable, ...], str | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         theta = self.task.theta()
@@ -27,7 +29,7 @@ class SharedForward:
         if network is not None:
             embedded: Tensor = _Native.apply(network, theta, x)
             return embedded
-        mode = self.task.mode()
+        mode = (*self.task.mode(), *autocast_state(x.device))
         if mode not in self._obstacles:
             self._obstacles[mode] = self._obstacle(theta.detach(), x[:1])
             warn_of_loop(self.task, self._obstacles[mode])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from metafast.engine.autocast import autocast_state
 from metafast.engine.recent import remember
 
 Function = Callable[..., Tensor]
@@ -48,7 +49,7 @@ class Traced:
             state = self._state()
             if state is None:
                 return self._function(*arguments)
-            key = (state, torch.get_default_dtype(), _signature(arguments))
+            key = (state, torch.get_default_dtype(), _autocast(arguments), _signature(arguments))
             recording = self._recordings.get(key)
             if recording is not None:
                 result: Tensor = recording(*_flat(arguments))
@@ -109,6 +110,10 @@ def _drop_no_ops(graph: Graph) -> None:
 
 def _flat(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [t for a in arguments for t in (a if isinstance(a, tuple) else (a,))]
+
+
+def _autocast(arguments: tuple[Any, ...]) -> Hashable:
+    return autocast_state(next(iter(_flat(arguments))).device)
 
 
 def _signature(arguments: tuple[Any, ...]) -> Hashable:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.autocast import backward
 from metafast.engine.batches import check_batch
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
@@ -155,7 +156,8 @@ class GradientLearner(nn.Module):
         """Add the meta-gradient to ``.grad`` and return the detached outcome; the second door.
 
         The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there, and
-        RuntimeError in ``torch.inference_mode``, which makes no gradients.
+        RuntimeError in ``torch.inference_mode``, which makes no gradients. Under ``torch.autocast`` the backward pass
+        runs outside of it.
         """
         _check.gradients_are_made()
         if isinstance(episodes, Episodes) and episodes.masked:
@@ -168,7 +170,7 @@ class GradientLearner(nn.Module):
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
         if out.loss.requires_grad:
-            out.loss.backward()
+            backward(out.loss)
         return out.detach()
 
     def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.autocast import backward
 from metafast.engine.networks import NativeNetwork
 from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
@@ -92,7 +93,7 @@ class ProtoNets(nn.Module):
             return Outcome(*network.prototypes(episodes, ways, self.metric, weights, accumulate=True))
         with torch.enable_grad():
             out: Outcome = self(episodes, weights)
-        out.loss.backward()
+        backward(out.loss)
         return out.detach()
 
     def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from metafast.engine.autocast import backward
 from metafast.episodes import Episodes, Outcome, check_weights
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def by_groups(
         with torch.enable_grad():
             out = by_groups(learner, episodes, weights, by_ways=by_ways)
         if out.loss.requires_grad:
-            out.loss.backward()
+            backward(out.loss)
         return out.detach()
     dtype = learner._task.dtype
     check_weights(weights, episodes, dtype)
