@@ -12,13 +12,13 @@
 // What a block's step starts from is its frame, rows (1 + 2 + 2 L H, block): g, what the preprocessing makes
 // of it, then h and c of each layer. What it makes besides are its gates, (L, 4H, block), activated. With
 // both kept, the way back computes no product twice. Used by lstm_kernel.h, which is the operator of one
-// step, and by learned_rule.h, an inner loop's.
+// step, and by rules.h, an inner loop's.
 #pragma once
 
 #include <algorithm>
 
+#include "../engine/carver.h"
 #include "../lstm.h"
-#include "carver.h"
 #include "layers/math.h"
 #include "layers/multiply.h"
 

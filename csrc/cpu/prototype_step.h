@@ -2,7 +2,7 @@
 // wants it.
 #pragma once
 
-#include "carver.h"
+#include "../engine/carver.h"
 #include "network.h"
 #include "prototypes_kernel.h"
 

@@ -21,7 +21,7 @@
 
 #include <algorithm>
 
-#include "carver.h"
+#include "../engine/carver.h"
 #include "layers/math.h"
 #include "layers/multiply.h"
 #include "prototypes.h"

@@ -6,7 +6,7 @@ namespace metafast::METAFAST_GPU {
 namespace {
 
 template <class Real, template <class> class Rule>
-void meta_step_of(AllTasks<Real>& all, Shared<Real>& shared) {
+void meta_step_of(AllTasks<Real>& all, Carver<Real>& shared) {
   Rule<Real> rule(all.job, shared, all.job.gradient != nullptr, all.stream);
   meta_step(all, rule);
 }
@@ -35,7 +35,7 @@ void run_in_one_launch(const Job<Real>& job, Real* tape, CUstream_st* stream) {
 template <class Real>
 int64_t shared_workspace(const Job<Real>& job, bool wants_gradient) {
   if (job.one_launch) return wants_gradient ? job.tasks * job.steps * job.program->mlp->size() : 0;
-  Shared<Real> shared(nullptr);
+  Carver<Real> shared(nullptr);
   shared.take(job.tasks);  // AllTasks
   if (job.what == What::prototypes) {
     AllTasksHead<Real>(job, shared, wants_gradient, nullptr);
@@ -48,7 +48,7 @@ int64_t shared_workspace(const Job<Real>& job, bool wants_gradient) {
 template <class Real>
 void run(const Job<Real>& job, Real* workspace, Real* memory, CUstream_st* stream) {
   if (job.one_launch) return run_in_one_launch(job, memory, stream);
-  Shared<Real> shared(memory);
+  Carver<Real> shared(memory);
   AllTasks<Real> all(job, workspace, shared, stream);
   if (job.what == What::prototypes) {
     AllTasksHead<Real> head(job, shared, job.gradient != nullptr, stream);

@@ -1,29 +1,17 @@
 // The update rules of an inner loop for all tasks at once, as cpu/rules.h has them for one.
 #pragma once
 
+#include "../engine/carver.h"
 #include "lstm.h"
 #include "network.h"
 
 namespace metafast::METAFAST_GPU {
 
-// Hands out memory that the tasks share in whole vectors; with none it only counts.
+// A buffer of each task, out of memory that the tasks share.
 template <class Real>
-class Shared {
- public:
-  explicit Shared(Real* memory) : memory_(memory) {}
-  Real* take(int64_t count) {
-    constexpr int64_t kVector = kVectorBytes / int64_t(sizeof(Real));
-    Real* const at = memory_ == nullptr ? nullptr : memory_ + size_;
-    size_ += (count + kVector - 1) / kVector * kVector;
-    return at;
-  }
-  Batch<Real> take(int64_t tasks, int64_t each) { return {take(tasks * each), each}; }
-  int64_t size() const { return size_; }
-
- private:
-  Real* memory_;
-  int64_t size_ = 0;
-};
+Batch<Real> take_each(Carver<Real>& shared, int64_t tasks, int64_t each) {
+  return {shared.take(tasks * each), each};
+}
 
 // lam' = lam + factor H along.
 template <class Real>
@@ -38,7 +26,7 @@ class PlainRule {
   using In = Batch<const Real>;
   using Out = Batch<Real>;
 
-  PlainRule(const Job<Real>& job, Shared<Real>&, bool, CUstream_st* stream)
+  PlainRule(const Job<Real>& job, Carver<Real>&, bool, CUstream_st* stream)
       : job_(job), stream_(stream), params_(job.program->params), uneven_(job.rates_stride != 0) {}
 
   bool wants_g() const { return job_.rate_gradient != nullptr; }
@@ -84,7 +72,7 @@ class LearnedRule {
   using Out = Batch<Real>;
 
   // Without memory it only takes it.
-  LearnedRule(const Job<Real>& job, Shared<Real>& shared, bool wants_gradient, CUstream_st* stream)
+  LearnedRule(const Job<Real>& job, Carver<Real>& shared, bool wants_gradient, CUstream_st* stream)
       : job_(job), weights_(*job.learned->weights), stream_(stream), rows_(2 * weights_.layers) {
     const int64_t tasks = job.tasks, coordinates = job.learned->coordinates;
     lstm_.rule = &weights_;
@@ -96,11 +84,11 @@ class LearnedRule {
     kept_ = wants_gradient ? job.steps : 2;
     states_ = shared.take((kept_ + 1) * tasks * state_);
     grads_ = shared.take(kept_ * tasks * coordinates);
-    result_ = shared.take(tasks, coordinates);
+    result_ = take_each(shared, tasks, coordinates);
     const bool back = wants_gradient && job.steps > 0;
-    d_updates_ = shared.take(tasks, back ? coordinates : 0);
-    carry_ = shared.take(tasks, back ? state_ : 0);
-    d_weights_ = shared.take(tasks, back ? weights_.count() : 0);
+    d_updates_ = take_each(shared, tasks, back ? coordinates : 0);
+    carry_ = take_each(shared, tasks, back ? state_ : 0);
+    d_weights_ = take_each(shared, tasks, back ? weights_.count() : 0);
     scratch_ = shared.take(std::max(lstm_workspace(lstm_, false), back ? lstm_workspace(lstm_, true) : 0));
   }
 

@@ -16,7 +16,7 @@ struct AllTasks {
   using ConstVector = Batch<const Real>;
 
   // The workspaces lie one after the other.
-  AllTasks(const Job<Real>& j, Real* memory, Shared<Real>& shared, CUstream_st* s)
+  AllTasks(const Job<Real>& j, Real* memory, Carver<Real>& shared, CUstream_st* s)
       : job(j),
         workspace{memory, j.layout == nullptr ? 0 : j.layout->size},
         stream(s),
@@ -95,7 +95,7 @@ template <class Real>
 class AllTasksHead {
  public:
   // Without memory it only takes it.
-  AllTasksHead(const Job<Real>& job, Shared<Real>& shared, bool wants_gradient, CUstream_st* stream)
+  AllTasksHead(const Job<Real>& job, Carver<Real>& shared, bool wants_gradient, CUstream_st* stream)
       : job_(job), stream_(stream) {
     const Program& program = *job.program;
     const Value &in = program.values[0], &out = program.values[program.value_count - 1];
@@ -108,10 +108,10 @@ class AllTasksHead {
     inputs = shared.take(tasks * samples * pixels_);
     rows = shared.take(tasks * samples * d);
     d_rows = shared.take(back(tasks * samples * d));
-    support_ = shared.take(tasks, supports * d);
-    query_ = shared.take(tasks, queries * d);
-    d_support_ = shared.take(tasks, back(supports * d));
-    d_query_ = shared.take(tasks, back(queries * d));
+    support_ = take_each(shared, tasks, supports * d);
+    query_ = take_each(shared, tasks, queries * d);
+    d_support_ = take_each(shared, tasks, back(supports * d));
+    d_query_ = take_each(shared, tasks, back(queries * d));
     d_sums_ = shared.take(back(tasks));
     head_.tasks = tasks, head_.supports = supports, head_.queries = queries, head_.ways = ways;
     head_.features = d, head_.parts = parts, head_.metric = shape.metric;
