@@ -18,7 +18,7 @@ import torch
 from metafast import _native, bench, checks
 from metafast.backend import Refusal
 from metafast.bench import machine, peers, report, roofline, sides, suites
-from metafast.bench.cost import Call, Cost, cost_of, seconds
+from metafast.bench.cost import cost_of
 from metafast.bench.memory import can_measure, peak_bytes
 from metafast.bench.peers_func import compiled, grad_of_vmap, vmap_of_grad
 from metafast.bench.sides import Prepared, Side
@@ -360,41 +360,7 @@ def test_what_is_for_gpus_takes_no_part_on_a_cpu() -> None:
     assert document["settings"]["timer"] == "perf_counter"
 
 
-# --- cost and roofline -------------------------------------------------------------------------------------------
-
-
-def test_flops_of_a_meta_step_by_hand() -> None:
-    """One step of a 1-40-40-1 net: three products of a forward's size in a gradient, nine in a Hessian's."""
-    forward, first = 2 * (40 + 1600 + 40), 2 * 40
-    gradient, hessian = 3 * forward - first, 9 * forward - 5 * first
-    parameters = 40 + 40 + 1600 + 40 + 40 + 1
-    for name, steps in (("sinusoid-k1", 1), ("sinusoid-k5", 5)):
-        wanted = 25 * (10 * ((steps + 1) * gradient + steps * hessian) + steps * 2 * parameters)
-        assert cost_of(WORKLOADS[name]).flops == wanted
-    # The prototypes' net is forward and backward once, and the head's three products.
-    few = cost_of(TINY_NETS["protonets"])
-    more = cost_of(replace(TINY_NETS["protonets"], tasks=4))
-    assert (more.flops, more.bytes > few.bytes, more.launches) == (2 * few.flops, True, few.launches)
-
-
-def test_launches_of_a_meta_step_by_hand() -> None:
-    """Three fused layers: 3 + 1 + (1 + 2 + 2) in a gradient, as many more in a Hessian; update, adjoint and sum."""
-    assert cost_of(WORKLOADS["sinusoid-k1"]).launches == 2 * 9 + 9 + 9 + 2 + 1
-    assert cost_of(WORKLOADS["sinusoid-k5"]).launches == 6 * 9 + 5 * (9 + 9 + 2) + 1
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_has_a_cost(name: str) -> None:
-    cost = cost_of(WORKLOADS[name])
-    assert min(cost.flops, cost.bytes, cost.launches) > 0
-    assert cost.json() == {"flops": cost.flops, "bytes": cost.bytes, "launches": cost.launches}
-    assert seconds(cost, 1e99, 1e99, 1.0) == cost.launches
-    assert seconds(cost, 1.0, 1e99, 0.0) == pytest.approx(cost.flops)
-
-
-def test_a_call_takes_the_longest_of_what_bounds_it() -> None:
-    cost = Cost((Call("a", 12, 1, launches=2), Call("b", 1, 40)))
-    assert seconds(cost, 2.0, 10.0, 1.0) == 6.0 + 4.0
+# --- roofline --------------------------------------------------------------------------------------------------------
 
 
 def test_the_roofline_is_measured_and_divided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ constexpr std::byte kPoisons[] = {std::byte{0xff}, std::byte{0x5a}, std::byte{0x
 struct Abandoned {};
 
 unsigned order = 0;
+uint64_t launched = 0;
 std::map<const void*, size_t> allowed;  // dynamic shared memory by kernel
 
 Thread threads[kMostThreads];
@@ -265,6 +266,8 @@ void set_order(unsigned number) { order = number; }
 
 uint64_t blocks() { return now.serial; }
 
+uint64_t launches() { return launched; }
+
 bool allow_shared(const void* kernel, size_t bytes) {
   if (bytes > kSharedMost) return false;
   allowed[kernel] = bytes;
@@ -279,6 +282,7 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   const size_t dynamic = found == allowed.end() ? kSharedStatic : std::max(found->second, kSharedStatic);
   check_limits(name, grid, block, shared_bytes, dynamic);
 
+  ++launched;
   const uint64_t serial = now.serial + 1;
   now = Launch{.name = name,
                .body = &body,

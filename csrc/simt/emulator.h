@@ -77,6 +77,9 @@ void set_order(unsigned order);
 // How many blocks all launches so far have run.
 uint64_t blocks();
 
+// How many launches have begun so far, those that failed among them; not those that were over the limits.
+uint64_t launches();
+
 // Runs the kernel for each thread of the grid. `kernel` is its address, for what was allowed to it.
 // Throws std::runtime_error with all that is found wrong, std::invalid_argument for the limits.
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,

@@ -70,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
       "There products of plain matrices go by ATen, as large ones do on a GPU.");
   m.def("simt_order", emulator::set_order, py::arg("order"), "The order that threads and blocks run in.");
   m.def("simt_blocks", emulator::blocks, "Blocks that the emulator has run so far.");
+  m.def("simt_launches", emulator::launches, "Kernels that the emulator has begun so far.");
   m.attr("SIMT_ORDERS") = emulator::kOrders;
 #endif
 
