@@ -77,14 +77,16 @@ COUNTED = {
     "omniglot-fc": _tiny("omniglot-fc", image=(1, 28, 28)),
     "strided": STRIDED,
     "protonets": _tiny("protonets-conv4-64", image=(1, 16, 16)),
+    "few outputs first": _tiny("sinusoid-k1", net="few"),
     "odd layers": ODD,
     "odd layers, large norms": replace(ODD, shots=129, steps=1),
 }
 
 
 @pytest.fixture(autouse=True)
-def _odd_net(monkeypatch: pytest.MonkeyPatch) -> None:
+def _odd_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workloads._NETS, "odd", _odd)
+    monkeypatch.setitem(workloads._NETS, "few", lambda w: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)))
 
 
 def _launched(w: Workload, first_order: bool = False) -> int:
