@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
+from metafast import _native
 from metafast.engine.lowering import Kind
-from tests.backends import kernels_of, on_cpu_and_simt
+from tests.backends import in_every_order, kernels_of, on_cpu_and_simt, poisoned
 from tests.backends import native as needs_kernels
 from tests.engine import four_functions
 from tests.nets import relative_error
@@ -111,6 +112,7 @@ def episodes_of(shape: tuple[int, ...], samples: int, loss: str = "cross_entropy
     return mf.Episodes(x, y, x, y)
 
 
+on_simt = pytest.mark.skipif(bool(_native.missing("simt")), reason=_native.missing("simt"))
 CASES = [(n, False) for n in FEATURES] + [(n, True) for n in IMAGES]
 
 
@@ -128,6 +130,37 @@ def test_four_functions_in_float64(backend: str, name: str, images: bool, channe
         wanted = four_functions.plain(model, e, loss)
         for what in four_functions.NAMES:
             assert relative_error(found[what], wanted[what]) < BAR, (what, samples)
+
+
+def the_same_in_every_order(model: nn.Module, e: mf.Episodes) -> None:
+    """The same bits whichever thread and block comes first, on memory that starts as NaN, and the right numbers."""
+
+    def results() -> list[Tensor]:
+        found, _ = four_functions.native(model, e, "cross_entropy", backend="simt")
+        return [found[what] for what in four_functions.NAMES]
+
+    with poisoned():
+        found = in_every_order("simt", results)
+    wanted = four_functions.plain(model, e, "cross_entropy")
+    for what, one in zip(four_functions.NAMES, found, strict=True):
+        assert relative_error(one, wanted[what]) <= BAR, what
+
+
+@on_simt
+@pytest.mark.parametrize(("name", "images"), CASES)
+def test_the_same_bits_in_every_order(name: str, images: bool) -> None:
+    model, shape = case(name, 3, images)
+    the_same_in_every_order(model, episodes_of(shape, 3))
+
+
+@on_simt
+@pytest.mark.parametrize("norm", [(nn.BatchNorm2d(2), nn.ReLU()), (nn.BatchNorm2d(2, affine=False),)])
+def test_the_same_bits_in_every_order_of_a_norm_of_several_blocks(norm: tuple[nn.Module, ...]) -> None:
+    """From 1,024 pixels on a batch norm is reduced in parts."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(*norm, nn.AdaptiveAvgPool2d(1))
+    model = head(layer, nn.Conv2d(1, 2, 1), shape=(1, 16, 33))
+    the_same_in_every_order(model, episodes_of((1, 16, 33), 2, tasks=1))
 
 
 @on_cpu_and_simt
