@@ -161,8 +161,8 @@ def _result(out: mf.Outcome, owners: list[nn.Module]) -> Result:
     return Result({name: t.detach().clone() for name, t in tensors.items()}, out.accuracy)
 
 
-def native(case: Case, threads: int) -> Result:
-    """By the CPU's kernels, forced."""
+def native(case: Case, threads: int, backend: str = "cpu") -> Result:
+    """By a backend's kernels, forced."""
     torch.set_num_threads(threads)
     owners: list[nn.Module] = [case.model]
     learner: nn.Module
@@ -174,7 +174,7 @@ def native(case: Case, threads: int) -> Result:
         if list(rule.parameters()):
             owners.append(rule)
     learner.zero_grad()
-    with mf.use_backend("cpu"):
+    with mf.use_backend(backend):
         if case.door == "accumulate":
             out = learner.accumulate_grad(case.episodes, case.weights)
         else:

@@ -70,15 +70,15 @@ def test_meta_gradients_of_random_networks(backend: str, seed: int) -> None:
     assert relative_error(found, gradient(model)) < BAR
 
 
-@native
+@on_cpu_and_simt
 @pytest.mark.parametrize("seed", range(100, 112))
-def test_the_four_functions_of_random_networks(seed: int) -> None:
+def test_the_four_functions_of_random_networks(seed: int, backend: str) -> None:
     model, shape = random_net(seed)
     model = model.double()
     ways = model(torch.zeros(2, *shape, dtype=torch.float64)).shape[1]
     loss = loss_for(ways, seed)
     episodes = random_episodes(shape, ways, seed, loss)
-    found, _ = four_functions.native(model, episodes, loss)
+    found, _ = four_functions.native(model, episodes, loss, backend=backend)
     wanted = four_functions.plain(model, episodes, loss)
     for name in four_functions.NAMES:
         assert relative_error(found[name], wanted[name]) < BAR
@@ -264,11 +264,12 @@ def test_any_cotangent_and_twice_through_the_same_graph(backend: str) -> None:
     assert relative_error(once, gradient(model)) < BAR
 
 
-@native
-def test_weights_that_require_gradients() -> None:
+@on_cpu_and_simt
+def test_weights_that_require_gradients(backend: str) -> None:
     model, episodes = build("mlp"), episodes_for("mlp")
     found, wanted = (torch.linspace(0.1, 1.0, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mf.MAML(model, lr=0.1, steps=2)(episodes, found).loss.backward()
+    with mf.use_backend(backend):
+        mf.MAML(model, lr=0.1, steps=2)(episodes, found).loss.backward()
     mine = gradient(model)
     model.zero_grad()
     mf.reference.maml(model, episodes, lr=0.1, steps=2, weights=wanted).loss.backward()
@@ -276,8 +277,8 @@ def test_weights_that_require_gradients() -> None:
     assert relative_error(found.grad, wanted.grad) < BAR
 
 
-@native
-def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
+@on_cpu_and_simt
+def test_float32_errs_at_most_twice_as_much_as_torch_in_float32(backend: str) -> None:
     torch.manual_seed(0)
     nets = {
         "mlp": (mf.models.MLP(6, (33, 17), 3, "tanh"), (6,)),
@@ -302,7 +303,7 @@ def test_float32_errs_at_most_twice_as_much_as_torch_in_float32() -> None:
             net.zero_grad()
             e = episodes.to(dtype=dtype)
             if run == "native":
-                with mf.use_backend("cpu"):
+                with mf.use_backend(backend):
                     mf.MAML(net, lr=0.1, steps=3)(e).loss.backward()
             else:
                 mf.reference.maml(net, e, lr=0.1, steps=3).loss.backward()

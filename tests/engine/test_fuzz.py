@@ -1,4 +1,5 @@
 """Random networks, episodes and learners on the CPU's kernels against plain autograd: 50 here, 1,000 by ``make fuzz``.
+Some small ones go by the emulated kernels too.
 
 Batch n of 50 is drawn from seed n, so that the first is the slice that CI runs. In even batches all choices are as
 likely; in odd ones hypothesis makes each, which likes extremes, and shrinks what fails. Cases
@@ -11,12 +12,14 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, note, seed, settings
 from hypothesis import strategies as st
 
+from metafast import _native
 from metafast.checks.compare import relative_error
 from tests.backends import native
 from tests.engine import fuzz
@@ -38,7 +41,11 @@ class Seeded(random.Random):
         return f"Seeded({self.number})"
 
 
-def reference(case: fuzz.Case, dropped: Counter[str]) -> fuzz.Result:
+class SaysNothing(Exception):
+    """Of a case: why."""
+
+
+def reference(case: fuzz.Case) -> fuzz.Result:
     """The plain result, of a case that says something."""
     try:
         with fuzz.Margin() as margin:
@@ -47,14 +54,11 @@ def reference(case: fuzz.Case, dropped: Counter[str]) -> fuzz.Result:
         known = ("Expected more than 1 value per channel", "element 0 of tensors does not require grad")
         if not str(error).startswith(known):
             raise
-        dropped["refused"] += 1
-        assume(False)
+        raise SaysNothing("refused") from error
     if not all(bool(t.isfinite().all()) for t in wanted.tensors.values()):
-        dropped["not finite"] += 1
-        assume(False)
+        raise SaysNothing("not finite")
     if margin.smallest < NEAR:
-        dropped["kink"] += 1
-        assume(False)
+        raise SaysNothing("kink")
     return wanted
 
 
@@ -68,20 +72,31 @@ def known_digits(case: fuzz.Case, wanted: fuzz.Result) -> dict[str, float]:
     return {name: max(move[name] for move in moves) for name in wanted.tensors}
 
 
-def check(case: fuzz.Case, dropped: Counter[str]) -> None:
-    wanted = reference(case, dropped)
-    found = fuzz.native(case, case.threads)
-    alone = fuzz.native(case, 1)
+def by_turns(case: fuzz.Case, backend: str) -> tuple[fuzz.Result, fuzz.Result]:
+    """By several threads and by one; emulated, in a random order of threads and blocks and in ascending order."""
+    if backend == "cpu":
+        return fuzz.native(case, case.threads), fuzz.native(case, 1)
+    module: Any = _native.native()
+    try:
+        module.simt_order(case.threads)
+        shuffled = fuzz.native(case, 1, backend)
+    finally:
+        module.simt_order(0)
+    return shuffled, fuzz.native(case, 1, backend)
+
+
+def check(case: fuzz.Case, backend: str = "cpu") -> None:
+    wanted = reference(case)
+    found, alone = by_turns(case, backend)
     for name, tensor in found.tensors.items():
-        assert torch.equal(tensor, alone.tensors[name]), f"{name}: other bits by {case.threads} threads than by one"
+        assert torch.equal(tensor, alone.tensors[name]), f"{name}: other bits by {case.threads} threads or in order {case.threads}"
     wrong = {name: error for name, error in errors(found, wanted).items() if not error <= BAR}
     if wrong:
         digits = known_digits(case, wanted)
         # A derivative that is zero but for rounding, for instance: amplified 10,000 times, one is not to be had.
         unknown = {name for name in wrong if digits[name] > BAR / 10}
         assert wrong.keys() <= unknown, f"errors {wrong}, where roundings make {digits}"
-        dropped["ill-conditioned"] += 1
-        assume(False)
+        raise SaysNothing("ill-conditioned")
     if case.episodes.query_y.dtype == torch.int64:
         assert found.accuracy is not None and torch.equal(found.accuracy, alone.accuracy)
         top = wanted.tensors["logits"].topk(min(2, wanted.tensors["logits"].shape[-1])).values
@@ -110,13 +125,38 @@ def test_random_learners_on_random_networks(batch: int) -> None:
     def run(r: random.Random) -> None:
         case = fuzz.draw(r)
         note(str(case))
-        check(case, dropped)
+        try:
+            check(case)
+        except SaysNothing as why:
+            dropped[str(why)] += 1
+            assume(False)
         seen.update(("cases", case.kind, case.door, f"{case.threads} threads", f"{case.steps} steps"))
 
     run()
     print(f"{batch}: {dict(seen)}, dropped: {dict(dropped)}")
     assert seen["cases"] >= EACH
     assert not even or all(seen[name] > 0 for name in (*fuzz.KINDS, *fuzz.DOORS, "3 threads", "3 steps"))
+    assert dropped.total() <= seen["cases"] // 4
+
+
+@pytest.mark.skipif(bool(_native.missing("simt")), reason=_native.missing("simt"))
+def test_small_random_learners_on_the_emulated_kernels() -> None:
+    """Of 60 draws those that the emulator has done in a blink, and in which something is learned."""
+    seen: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for case in map(fuzz.draw, map(random.Random, range(20, 80))):
+        e = case.episodes
+        samples = e.tasks * (e.query_x.shape[1] + max(case.steps, 1) * e.support_x.shape[1])
+        if (case.steps == 0 and case.kind != "protonets") or samples * e.support_x[0, 0].numel() > 300:
+            continue
+        try:
+            check(case, "simt")
+        except SaysNothing as why:
+            dropped[str(why)] += 1
+            continue
+        seen.update(("cases", case.kind, case.door, f"{case.threads} threads"))
+    print(f"{dict(seen)}, dropped: {dict(dropped)}")
+    assert all(seen[name] > 0 for name in (*fuzz.KINDS, *fuzz.DOORS, "3 threads"))
     assert dropped.total() <= seen["cases"] // 4
 
 

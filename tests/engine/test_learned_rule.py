@@ -107,9 +107,9 @@ def test_options(
             assert relative_error(mine, wanted) <= BAR
 
 
-@native
+@on_cpu_and_simt
 @pytest.mark.parametrize("truncate", [1, 2])
-def test_truncation_of_plain_steps(truncate: int) -> None:
+def test_truncation_of_plain_steps(truncate: int, backend: str) -> None:
     model, episodes = build("mlp"), episodes_for("mlp")
 
     class Same(mf.SGD):
@@ -186,8 +186,8 @@ def test_any_cotangent_and_twice_through_the_same_graph(backend: str) -> None:
         grads[0].sum().backward()
 
 
-@native
-def test_frozen_parameters_stay_and_a_frozen_optimizer_gets_no_gradient() -> None:
+@on_cpu_and_simt
+def test_frozen_parameters_stay_and_a_frozen_optimizer_gets_no_gradient(backend: str) -> None:
     model, episodes, optimizer = build("mlp"), episodes_for("mlp"), optimizer_of()
     model[0].requires_grad_(False)
     optimizer.requires_grad_(False)

@@ -105,8 +105,8 @@ def test_float32_errs_at_most_twice_as_much_as_torch_in_float32(backend: str) ->
     assert error <= 2 * plain + 1e-6
 
 
-@native
-def test_no_gradient_is_no_graph_and_bad_labels_touch_nothing() -> None:
+@on_cpu_and_simt
+def test_no_gradient_is_no_graph_and_bad_labels_touch_nothing(backend: str) -> None:
     model, e = build("mlp"), episodes_for("mlp")
     proto = mf.ProtoNets(model)
     with torch.no_grad():
