@@ -89,6 +89,17 @@ def _bits(result: Tensor | list[Tensor]) -> list[bytes]:
 
 
 @contextmanager
+def one_launch(on: bool) -> Iterator[None]:
+    """Whether a GPU does meta-steps of small MLPs in one launch, as it does where nothing is said."""
+    module: Any = _native.native()
+    module.one_launch_where_fit(on)
+    try:
+        yield
+    finally:
+        module.one_launch_where_fit(True)
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that an operator allocates starts as NaN: what it forgets to write shows."""
     # torch.use_deterministic_algorithms without its import of the compiler, which takes seconds.

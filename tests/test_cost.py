@@ -16,6 +16,8 @@ from metafast.bench.cost import Call, Cost, cost_of, seconds
 from metafast.bench.plan import plan
 from metafast.bench.workloads import WORKLOADS, Workload, build
 from metafast.engine.lowering import lower
+from tests.backends import one_launch
+from tests.test_gpu_page import predict
 
 simt = pytest.mark.skipif(bool(_native.missing("simt")), reason=_native.missing("simt"))
 PROTONETS = replace(WORKLOADS["protonets-conv4-64"], tasks=2, ways=3, shots=2, width=4, image=(1, 16, 16))
@@ -89,7 +91,7 @@ def _odd_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workloads._NETS, "few", lambda w: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)))
 
 
-def _launched(w: Workload, first_order: bool = False) -> int:
+def _launched(w: Workload, first_order: bool = False, fused: bool = False) -> int:
     """Kernels that the emulator runs in a meta-step."""
     problem, module = build(w), _native.native()
     assert module is not None
@@ -102,7 +104,7 @@ def _launched(w: Workload, first_order: bool = False) -> int:
     else:
         learner = mf.ProtoNets(problem.model)
     before = module.simt_launches()
-    with mf.use_backend("simt"):
+    with mf.use_backend("simt"), one_launch(fused):
         learner.accumulate_grad(problem.episodes)
     return int(module.simt_launches() - before)
 
@@ -161,3 +163,9 @@ def test_every_workload_has_a_cost(name: str) -> None:
 def test_a_call_takes_the_longest_of_what_bounds_it() -> None:
     cost = Cost((Call("a", 12, 1, launches=2), Call("b", 1, 40)))
     assert seconds(cost, 2.0, 10.0, 1.0) == 6.0 + 4.0
+
+
+@simt
+@pytest.mark.parametrize("name", predict.FUSED)
+def test_of_small_mlps_there_are_few_launches(name: str) -> None:
+    assert _launched(COUNTED[name], fused=True) == predict.fused_launches(COUNTED[name])
