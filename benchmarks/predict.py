@@ -35,7 +35,7 @@ def barriers(workload: Workload) -> int:
 
 
 def fused_launches(workload: Workload) -> int:
-    """Theta into the engine's order, the kernel, classes' accuracy, the sum over tasks, two back into the user's order."""
+    """Theta into the engine's order, the kernel, classes' accuracy, the sum over tasks, two into the user's order."""
     return 6 if workload.loss == "cross_entropy" else 5
 
 
