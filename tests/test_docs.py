@@ -136,6 +136,22 @@ def test_tables_are_of_the_committed_results() -> None:
         tables.fill("<!-- table: medians nothing -->")
 
 
+_NAMED = re.compile(r"`((?:tests|metafast|csrc|benchmarks|examples|recipes)/[\w./-]+)(?:::\w+)?`")
+
+
+def test_files_that_pages_name_are_there() -> None:
+    named = {(page, path) for page in PAGES for path in _NAMED.findall(page.read_text(encoding="utf-8"))}
+    assert [(name_of(page), path) for page, path in sorted(named) if not (ROOT / path).exists()] == []
+    assert len({path for page, path in named if page.stem == "reliability"}) > 20
+
+
+def test_targets_of_make_that_pages_name_are_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+        assert {name for pair in named for name in pair if name} <= targets, page
+
+
 def test_no_page_types_a_time() -> None:
     """Times come from results alone; text says what they are of."""
     for page in PAGES:
