@@ -16,7 +16,7 @@ from tests.nets import build, episodes_for, gradient, relative_error
 from tests.test_inner_options import six_samples
 from tests.test_learners import Counting, DataDependent, WithDropout
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.not_emulated]
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.emulated_in_part]
 BAR = 1e-10
 NETS = ["conv4", "mlp", "residual", "batch_norm", "partly_frozen", "tied"]
 

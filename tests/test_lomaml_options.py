@@ -16,7 +16,7 @@ from tests.test_inner_options import HEADS, six_samples
 from tests.test_learned_optimizers import OPTIMIZERS, make
 from tests.test_learners import DataDependent
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.not_emulated]
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.emulated_in_part]
 BAR = 1e-10
 STEPS = 5
 QUERY_WEIGHTS = (0.3, 0.0, 1.7, -0.5, 1.0)
