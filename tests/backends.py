@@ -63,6 +63,19 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
 
 
+@contextmanager
+def in_order(backend: str, order: int) -> Iterator[None]:
+    """On simt threads and blocks run in that order: ascending, descending, or one of two random ones."""
+    module: Any = _native.native()
+    if backend == "simt":
+        module.simt_order(order)
+    try:
+        yield
+    finally:
+        if backend == "simt":
+            module.simt_order(0)
+
+
 Result = TypeVar("Result", Tensor, list[Tensor])
 
 
@@ -72,12 +85,9 @@ def in_every_order(backend: str, work: Callable[[], Result]) -> Result:
         return work()
     module: Any = _native.native()
     results = []
-    try:
-        for order in range(module.SIMT_ORDERS):
-            module.simt_order(order)
+    for order in range(module.SIMT_ORDERS):
+        with in_order(backend, order):
             results.append(work())
-    finally:
-        module.simt_order(0)
     for order, result in enumerate(results):
         assert _bits(result) == _bits(results[0]), f"order {order} of threads and blocks differs from order 0"
     return results[0]

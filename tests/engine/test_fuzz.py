@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 
 from metafast import _native
 from metafast.checks.compare import relative_error
-from tests.backends import native
+from tests.backends import in_order, native
 from tests.engine import fuzz
 
 BAR = 1e-10
@@ -73,23 +72,21 @@ def known_digits(case: fuzz.Case, wanted: fuzz.Result) -> dict[str, float]:
 
 
 def by_turns(case: fuzz.Case, backend: str) -> tuple[fuzz.Result, fuzz.Result]:
-    """By several threads and by one; emulated, in a random order of threads and blocks and in ascending order."""
+    """By several threads and by one; emulated, in another order of threads and blocks and in ascending order."""
     if backend == "cpu":
         return fuzz.native(case, case.threads), fuzz.native(case, 1)
-    module: Any = _native.native()
-    try:
-        module.simt_order(case.threads)
-        shuffled = fuzz.native(case, 1, backend)
-    finally:
-        module.simt_order(0)
-    return shuffled, fuzz.native(case, 1, backend)
+    with in_order(backend, case.threads):
+        other = fuzz.native(case, 1, backend)
+    return other, fuzz.native(case, 1, backend)
 
 
 def check(case: fuzz.Case, backend: str = "cpu") -> None:
     wanted = reference(case)
     found, alone = by_turns(case, backend)
     for name, tensor in found.tensors.items():
-        assert torch.equal(tensor, alone.tensors[name]), f"{name}: other bits by {case.threads} threads or in order {case.threads}"
+        assert torch.equal(tensor, alone.tensors[name]), (
+            f"{name}: other bits by threads, or order, {case.threads}"
+        )
     wrong = {name: error for name, error in errors(found, wanted).items() if not error <= BAR}
     if wrong:
         digits = known_digits(case, wanted)
