@@ -84,9 +84,7 @@ def check(case: fuzz.Case, backend: str = "cpu") -> None:
     wanted = reference(case)
     found, alone = by_turns(case, backend)
     for name, tensor in found.tensors.items():
-        assert torch.equal(tensor, alone.tensors[name]), (
-            f"{name}: other bits by threads, or order, {case.threads}"
-        )
+        assert torch.equal(tensor, alone.tensors[name]), f"{name}: other bits by threads, or order, {case.threads}"
     wrong = {name: error for name, error in errors(found, wanted).items() if not error <= BAR}
     if wrong:
         digits = known_digits(case, wanted)
