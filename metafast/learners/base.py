@@ -8,21 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.engine.autocast import backward
 from metafast.engine.batches import check_batch
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
-from metafast.learners.captured import Captured
 from metafast.learners.hand import TaskLearner
-from metafast.learners.ragged import by_groups
+from metafast.learners.learner import Learner
 from metafast.losses import LossSpec, resolve_loss
 from metafast.rules import UpdateRule
 
 
-class GradientLearner(nn.Module):
+class GradientLearner(Learner):
     """Learns an initialisation theta (and the rule's psi) from which a few inner steps solve a task.
 
         phi_0 = theta
@@ -128,59 +126,6 @@ class GradientLearner(nn.Module):
             raise ValueError(f"query_weights: expected {self.steps} numbers, one a step, got {len(weights)}")
 
     @untraced
-    def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
-        """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
-
-        Args:
-            episodes: T tasks. With masks, those of each size are one call of the engine.
-            weights: (T,) factors w_t of the tasks' losses; 1/T each when None.
-
-        Returns:
-            :class:`Outcome` with loss (scalar), losses (T,), logits (T, Nq, ...) and accuracy (T,).
-
-        Raises:
-            TypeError, ValueError: episodes or weights that do not fit the model, before any work.
-        """
-        if isinstance(episodes, Episodes) and episodes.masked:
-            self._check_classes(episodes)
-            return by_groups(self, episodes, weights)
-        network = self._check(episodes, weights)
-        inner = None if network is None else self._fused(episodes, weights)
-        if network is not None and inner is not None:
-            return Outcome(*network.meta_step(episodes, inner, weights))
-        losses, logits = self._query(episodes)
-        return outcome(losses, logits, episodes.query_y, weights)
-
-    @untraced
-    def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
-        """Add the meta-gradient to ``.grad`` and return the detached outcome; the second door.
-
-        The same numbers as ``out = learner(episodes); out.loss.backward()``; arguments and errors as there, and
-        RuntimeError in ``torch.inference_mode``, which makes no gradients. Under ``torch.autocast`` the backward pass
-        runs outside of it.
-        """
-        _check.gradients_are_made()
-        if isinstance(episodes, Episodes) and episodes.masked:
-            self._check_classes(episodes)
-            return by_groups(self, episodes, weights, accumulate=True)
-        network = self._check(episodes, weights)
-        inner = None if network is None else self._fused(episodes, weights)
-        if network is not None and inner is not None and not self._learned(inner) and not network.hooked():
-            return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
-        with torch.enable_grad():
-            out: Outcome = self(episodes, weights)
-        if out.loss.requires_grad:
-            backward(out.loss)
-        return out.detach()
-
-    def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:
-        """``accumulate_grad`` for episodes of this size as a CUDA graph: ``captured(episodes)`` replays it.
-
-        See :class:`~metafast.learners.captured.Captured` for arguments, errors and where gradients go.
-        """
-        return Captured(self, episodes, weights)
-
-    @untraced
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> Adapted:
         """Adapt to T tasks at once.
 
@@ -209,6 +154,21 @@ class GradientLearner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, loss={self._task.loss.name}, first_order={self.first_order}"
+
+    def _dense(self, episodes: Episodes, weights: Tensor | None) -> Outcome:
+        network = self._check(episodes, weights)
+        inner = None if network is None else self._fused(episodes, weights)
+        if network is not None and inner is not None:
+            return Outcome(*network.meta_step(episodes, inner, weights))
+        losses, logits = self._query(episodes)
+        return outcome(losses, logits, episodes.query_y, weights)
+
+    def _accumulated(self, episodes: Episodes, weights: Tensor | None) -> Outcome | None:
+        network = self._check(episodes, weights)
+        inner = None if network is None else self._fused(episodes, weights)
+        if network is None or inner is None or self._learned(inner) or network.hooked():
+            return None
+        return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
 
     def _theta(self) -> Tensor:
         theta = self._task.theta()
@@ -288,9 +248,6 @@ class GradientLearner(nn.Module):
         if network is not None:
             self._task.native.remember(signature, network)
         return network
-
-    def _check_classes(self, episodes: Episodes) -> None:
-        """Refuse masked episodes in which a task lacks classes that the learner needs."""
 
     def _check_fit(self, episodes: Episodes) -> None:
         """Refuse episodes that the model does not take, for what it gives."""

@@ -12,8 +12,7 @@ from metafast import _check
 from metafast.episodes import Episodes, Outcome
 
 if TYPE_CHECKING:
-    from metafast.learners.base import GradientLearner
-    from metafast.learners.protonets import ProtoNets
+    from metafast.learners.learner import Learner
 
 # Runs a step a few times, records it, and gives what replays it.
 Record = Callable[[Callable[[], None], torch.device], Callable[[], None]]
@@ -38,7 +37,7 @@ class Captured:
 
     def __init__(
         self,
-        learner: GradientLearner | ProtoNets,
+        learner: Learner,
         episodes: Episodes,
         weights: Tensor | None = None,
         record: Record | None = None,

@@ -6,22 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.engine.autocast import backward
 from metafast.engine.networks import NativeNetwork
 from metafast.engine.shared import SharedForward
 from metafast.engine.task_model import TaskModel
 from metafast.engine.untraced import untraced
 from metafast.episodes import Episodes, Outcome, check_set, check_weights, outcome
-from metafast.learners.captured import Captured
-from metafast.learners.ragged import by_groups
+from metafast.learners.learner import Learner
 from metafast.losses import resolve_loss
 from metafast.ops.prototypes import METRICS, prototype_head, prototype_logits, prototypes
 
 
-class ProtoNets(nn.Module):
+class ProtoNets(Learner):
     """Classifies a query by the nearest class mean in a learned embedding; no inner loop.
 
         p_c = mean_{support of c} f(x);   logits[q, c] = -||f(q) - p_c||^2;   loss = cross-entropy
+
+    In each task of the episodes every class 0..ways-1 must have support. With masks, ways is the task's own, and -inf
+    is the logit of a class that it lacks.
 
     Args:
         encoder: module (N, ...) -> (N, D), or (N, ...) which is flattened.
@@ -42,6 +43,8 @@ class ProtoNets(nn.Module):
         torch.Size([2, 10, 5])
     """
 
+    _by_ways = True
+
     def __init__(self, encoder: nn.Module, metric: str = "sqeuclidean", batch_norm: str = "batch") -> None:
         super().__init__()
         self.encoder = _check.module("encoder", encoder)
@@ -49,21 +52,7 @@ class ProtoNets(nn.Module):
         self._task = TaskModel(encoder, resolve_loss("cross_entropy"), batch_norm, argument="encoder")
         self._shared = SharedForward(self._task)
 
-    @untraced
-    def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
-        """Logits and losses of every task's queries; ``out.loss.backward()`` reaches the encoder.
-
-        Args:
-            episodes: T classification tasks; in each, every class 0..ways-1 must have support. With masks, ways is the
-                task's own, and -inf is the logit of a class that it lacks; tasks of each size are one call.
-            weights: (T,) factors w_t of the tasks' losses; 1/T each when None.
-
-        Raises:
-            TypeError, ValueError: episodes or weights that do not fit the encoder, before any work.
-        """
-        if isinstance(episodes, Episodes) and episodes.masked:
-            self._check_classes(episodes)
-            return by_groups(self, episodes, weights, by_ways=True)
+    def _dense(self, episodes: Episodes, weights: Tensor | None) -> Outcome:
         ways = self._check(episodes, weights)
         network = self._one_call(episodes, weights)
         if network is not None:
@@ -75,33 +64,12 @@ class ProtoNets(nn.Module):
         losses, logits = prototype_head(support, episodes.support_y, query, episodes.query_y, ways, self.metric)
         return outcome(losses, logits, episodes.query_y, weights)
 
-    @untraced
-    def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
-        """Add the gradient to ``.grad`` and return the detached outcome; the same numbers as ``backward()``.
-
-        Raises:
-            TypeError, ValueError: as in :meth:`forward`.
-            RuntimeError: in ``torch.inference_mode``, which makes no gradients.
-        """
-        _check.gradients_are_made()
-        if isinstance(episodes, Episodes) and episodes.masked:
-            self._check_classes(episodes)
-            return by_groups(self, episodes, weights, accumulate=True, by_ways=True)
+    def _accumulated(self, episodes: Episodes, weights: Tensor | None) -> Outcome | None:
         ways = self._check(episodes, weights)
         network = self._one_call(episodes, weights)
-        if network is not None and not network.hooked():
-            return Outcome(*network.prototypes(episodes, ways, self.metric, weights, accumulate=True))
-        with torch.enable_grad():
-            out: Outcome = self(episodes, weights)
-        backward(out.loss)
-        return out.detach()
-
-    def capture(self, episodes: Episodes, weights: Tensor | None = None) -> Captured:
-        """``accumulate_grad`` for episodes of this size as a CUDA graph: ``captured(episodes)`` replays it.
-
-        See :class:`~metafast.learners.captured.Captured` for arguments, errors and where gradients go.
-        """
-        return Captured(self, episodes, weights)
+        if network is None or network.hooked():
+            return None
+        return Outcome(*network.prototypes(episodes, ways, self.metric, weights, accumulate=True))
 
     def _one_call(self, episodes: Episodes, weights: Tensor | None) -> NativeNetwork | None:
         """The native encoder, where the step and its gradient are one call of it."""

@@ -15,17 +15,10 @@ from metafast.engine.autocast import backward
 from metafast.episodes import Episodes, Outcome, check_weights
 
 if TYPE_CHECKING:
-    from metafast.learners.base import GradientLearner
-    from metafast.learners.protonets import ProtoNets
+    from metafast.learners.learner import Learner
 
 
-def by_groups(
-    learner: GradientLearner | ProtoNets,
-    episodes: Episodes,
-    weights: Tensor | None,
-    accumulate: bool = False,
-    by_ways: bool = False,
-) -> Outcome:
+def by_groups(learner: Learner, episodes: Episodes, weights: Tensor | None, accumulate: bool = False) -> Outcome:
     """The outcome of masked episodes, task by task in their order.
 
     Args:
@@ -33,16 +26,15 @@ def by_groups(
         episodes: masked ones.
         weights: (T,), 1/T each when None.
         accumulate: whether the second door was asked.
-        by_ways: tasks of different ways are groups of their own; -inf are the logits of classes that a task lacks.
     """
     if accumulate and _hooked(learner):
         # Its hooks are to see one gradient, that of all groups.
         with torch.enable_grad():
-            out = by_groups(learner, episodes, weights, by_ways=by_ways)
+            out = by_groups(learner, episodes, weights)
         if out.loss.requires_grad:
             backward(out.loss)
         return out.detach()
-    dtype = learner._task.dtype
+    dtype, by_ways = learner._task.dtype, learner._by_ways
     check_weights(weights, episodes, dtype)
     groups = episodes.groups(by_ways)
     if weights is None and len(groups) > 1:
@@ -64,7 +56,7 @@ def by_groups(
 
 
 def _logits(episodes: Episodes, parts: list[Tensor], order: Tensor, by_ways: bool) -> Tensor:
-    """(T, Nq, C): each query where it was, 0 for those that are none."""
+    """(T, Nq, C): each query where it was, 0 for those that are none; -inf for the classes that a task lacks."""
     if by_ways:
         most = max(part.shape[2] for part in parts)
         parts = [nn.functional.pad(part, (0, most - part.shape[2]), value=-torch.inf) for part in parts]
