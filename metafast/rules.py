@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast import _check
 from metafast.coordinatewise import CoordinatewiseOptimizer
-from metafast.engine.guard import has_hooks
+from metafast.engine.guard import has_hooks, hooked
 from metafast.engine.layout import Layout
 from metafast.lstm import LSTMOptimizer
 from metafast.ops.inner_update import inner_update
@@ -443,15 +443,13 @@ class LearnedRule(UpdateRule):
             return False
         if {"step", "init"} & self.__dict__.keys() or {"forward", "init"} & optimizer.__dict__.keys():
             return False
-        if has_hooks(optimizer):
+        mine = list(self.parameters())
+        if has_hooks(optimizer) or hooked(mine):
             return False
         weights = list(optimizer.weights)
         if optimizer.initial_state is not None:
             weights.insert(0, optimizer.initial_state)
-        mine = list(self.parameters())
-        return len(mine) == len(weights) and all(
-            a is b and not a._backward_hooks and not a._post_accumulate_grad_hooks for a, b in zip(mine, weights)
-        )
+        return len(mine) == len(weights) and all(a is b for a, b in zip(mine, weights))
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}" if self.index is None else f"lr={self.lr:g}, moves {self.index.shape[0]} parameters"

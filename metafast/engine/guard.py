@@ -11,11 +11,12 @@ import dataclasses
 import enum
 import functools
 import types
+from collections.abc import Iterable
 from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -70,6 +71,11 @@ class NotLowered(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def hooked(parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter has hooks, which only autograd calls."""
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metafast import _check, _native
 from metafast.backend import Refusal, current_backend
-from metafast.engine.guard import Guard, NotLowered
+from metafast.engine.guard import Guard, NotLowered, hooked
 from metafast.engine.lowering.lower import lower
 from metafast.engine.recent import remember
 
@@ -89,7 +89,7 @@ class NativeNetwork:
 
     def hooked(self) -> bool:
         """Whether a parameter has hooks, which only autograd calls."""
-        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+        return hooked(self.parameters)
 
     def constants(self) -> Tensor | None:
         """(F,) the frozen parameters' numbers, None where there are none."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.engine.autocast import backward
+from metafast.engine.guard import hooked
 from metafast.episodes import Episodes, Outcome, check_weights
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def by_groups(learner: Learner, episodes: Episodes, weights: Tensor | None, accu
         weights: (T,), 1/T each when None.
         accumulate: whether the second door was asked.
     """
-    if accumulate and _hooked(learner):
+    if accumulate and hooked(learner.parameters()):
         # Its hooks are to see one gradient, that of all groups.
         with torch.enable_grad():
             out = by_groups(learner, episodes, weights)
@@ -69,7 +70,3 @@ def _logits(episodes: Episodes, parts: list[Tensor], order: Tensor, by_ways: boo
     place = (episodes.query_mask.cumsum(1) - 1).clamp_(min=0)
     place, there = (t.reshape(*t.shape, *[1] * (logits.dim() - 2)) for t in (place, episodes.query_mask))
     return logits.gather(1, place.expand_as(logits)).where(there, 0)
-
-
-def _hooked(learner: nn.Module) -> bool:
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in learner.parameters())
