@@ -2,12 +2,16 @@
 // this.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "gpu.h"
 
 namespace metafast::METAFAST_GPU {
+
+// CUDA's limit for a grid's y; more tasks go round the kernels' loops.
+constexpr int64_t kMostTasks = 65535;
 
 // Allows the kernel that many bytes of dynamic shared memory; false where the device has fewer.
 template <class... Params>

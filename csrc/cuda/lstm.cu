@@ -33,7 +33,6 @@ struct Plan {
     constexpr int64_t kMostBlocks = 1024, kMostWithRows = 256;  // more tiles go round the kernel's loop
     blocks = std::min(tiles, backward || !shared ? kMostWithRows : kMostBlocks);
     of_rows = shared ? 0 : tasks * blocks * rows * kLstmRow;
-    constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y
     if (tasks > kMostTasks) {
       throw std::invalid_argument("lstm_update: expected at most 65535 tasks, got " + std::to_string(tasks));
     }

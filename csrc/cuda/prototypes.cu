@@ -7,7 +7,6 @@
 namespace metafast::METAFAST_GPU {
 namespace {
 
-constexpr int64_t kMostTasks = 65535;   // CUDA's limit for a grid's y
 constexpr int64_t kMostBlocks = 65535;  // where more go round the kernel's loop
 
 int64_t shares(int64_t count, int64_t of) { return (count + of - 1) / of; }

@@ -1,4 +1,5 @@
-// How kernels of elements.cuh's loops are started, and what several layers start.
+// How kernels are started that go round their loops of blocks and of tasks, as elements.cuh's do, and what
+// several layers start.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +9,22 @@
 
 namespace metafast::METAFAST_GPU {
 
+// kernel(args...) in `blocks` blocks for each task.
+template <class... Params, class... Args>
+void launch_blocks(const char* name, void (*kernel)(Params...), int64_t tasks, int64_t blocks, int threads,
+                   CUstream_st* stream, const Args&... args) {
+  if (tasks == 0 || blocks == 0) return;  // CUDA refuses an empty grid
+  constexpr int64_t kMostBlocks = 65535;  // more go round the kernel's loop
+  const dim3 grid(unsigned(std::min(blocks, kMostBlocks)), unsigned(std::min(tasks, kMostTasks)));
+  launch(name, kernel, grid, dim3(unsigned(threads)), 0, stream, args...);
+}
+
 // kernel(args...) for `count` elements of each task.
 template <class... Params, class... Args>
 void launch_elements(const char* name, void (*kernel)(Params...), int64_t tasks, int64_t count,
                      CUstream_st* stream, const Args&... args) {
-  if (tasks == 0 || count == 0) return;                       // CUDA refuses an empty grid
-  constexpr int64_t kMostBlocks = 65535, kMostTasks = 65535;  // where more go round the kernel's loop
-  const int64_t blocks = std::min((count + kElementThreads - 1) / kElementThreads, kMostBlocks);
-  const dim3 grid(unsigned(blocks), unsigned(std::min(tasks, kMostTasks)));
-  launch(name, kernel, grid, dim3(kElementThreads), 0, stream, args...);
+  launch_blocks(name, kernel, tasks, (count + kElementThreads - 1) / kElementThreads, kElementThreads, stream,
+                args...);
 }
 
 // kernel(e, args...).

@@ -9,10 +9,7 @@ template <class Real>
 void start(const char* name, void (*kernel)(Flatten, Batch<const Real>, Batch<Real>), const Call<Real>& c,
            Batch<const Real> from, Batch<Real> to, CUstream_st* stream) {
   const Flatten f(c);
-  if (c.tasks == 0 || f.tiles() == 0) return;                 // CUDA refuses an empty grid
-  constexpr int64_t kMostBlocks = 65535, kMostTasks = 65535;  // where more go round the kernel's loop
-  const dim3 grid(unsigned(std::min(f.tiles(), kMostBlocks)), unsigned(std::min(c.tasks, kMostTasks)));
-  launch(name, kernel, grid, dim3(kFlattenThreads), 0, stream, f, from, to);
+  launch_blocks(name, kernel, c.tasks, f.tiles(), kFlattenThreads, stream, f, from, to);
 }
 
 template <class Real>

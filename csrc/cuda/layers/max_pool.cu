@@ -5,23 +5,29 @@
 namespace metafast::METAFAST_GPU {
 namespace {
 
-bool taps_are_bytes(const Layer& l) { return l.kernel_h * l.kernel_w <= 256; }
+// f(a number of the type that `saved` has taps in).
+template <class F>
+void with_tap(const Layer& l, const F& f) {
+  l.kernel_h* l.kernel_w <= 256 ? f(uint8_t()) : f(uint32_t());
+}
 
 template <class Real>
 void gather(const char* name, const Call<Real>& c, Batch<const Real> dy, Batch<Real> dx,
             CUstream_st* stream) {
   const Pool p(c);
-  const auto kernel = taps_are_bytes(c.layer) ? max_pool_gather_kernel<Real, uint8_t>
-                                              : max_pool_gather_kernel<Real, uint32_t>;
-  launch_elements(name, kernel, c.tasks, p.count(c.in), stream, p, dy, c.saved, dx);
+  with_tap(c.layer, [&](auto tap) {
+    launch_elements(name, max_pool_gather_kernel<Real, decltype(tap)>, c.tasks, p.count(c.in), stream, p, dy,
+                    c.saved, dx);
+  });
 }
 
 template <class Real>
 void max_pool_fwd(const Call<Real>& c, CUstream_st* stream) {
   const Pool p(c);
-  const auto kernel = taps_are_bytes(c.layer) ? max_pool_forward_kernel<Real, uint8_t>
-                                              : max_pool_forward_kernel<Real, uint32_t>;
-  launch_elements("max_pool_fwd", kernel, c.tasks, p.count(c.out), stream, p, c.x, c.y, c.saved);
+  with_tap(c.layer, [&](auto tap) {
+    launch_elements("max_pool_fwd", max_pool_forward_kernel<Real, decltype(tap)>, c.tasks, p.count(c.out),
+                    stream, p, c.x, c.y, c.saved);
+  });
 }
 
 template <class Real>
@@ -33,9 +39,10 @@ template <class Real>
 void max_pool_tfwd(const Call<Real>& c, CUstream_st* stream) {
   if (c.tx.null()) return clear_output_tangent("max_pool_tfwd", c, stream);
   const Pool p(c);
-  const auto kernel = taps_are_bytes(c.layer) ? max_pool_tangent_kernel<Real, uint8_t>
-                                              : max_pool_tangent_kernel<Real, uint32_t>;
-  launch_elements("max_pool_tfwd", kernel, c.tasks, p.count(c.out), stream, p, c.tx, c.saved, c.ty);
+  with_tap(c.layer, [&](auto tap) {
+    launch_elements("max_pool_tfwd", max_pool_tangent_kernel<Real, decltype(tap)>, c.tasks, p.count(c.out),
+                    stream, p, c.tx, c.saved, c.ty);
+  });
 }
 
 template <class Real>

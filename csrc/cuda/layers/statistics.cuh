@@ -11,7 +11,6 @@ namespace metafast::METAFAST_GPU {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormBlocks = 2;  // at least, at a time on a multiprocessor: for more the compiler would spill
-constexpr int64_t kMostTasks = 65535;  // CUDA's limit for a grid's y: more go round the kernels' loops
 
 // Two sums. What follows has no constructors, so that shared memory can have it; {} is nothing yet.
 template <class Real>
