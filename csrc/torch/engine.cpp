@@ -1,12 +1,12 @@
+// An engine's calls: memory for them, one network, the inner loop. Its other files are engine_checks.cpp,
+// engine_order.cpp and meta_step.cpp.
 #include "engine.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/dot.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -18,9 +18,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../cpu/isa.h"
-#include "../cpu/job.h"
 #include "../cpu/pool.h"
+#include "engine_data.h"
 #include "gpu.h"
 #include "lstm_weights.h"
 #include "metric.h"
@@ -30,8 +29,6 @@ namespace metafast {
 using at::Tensor;
 
 namespace {
-
-constexpr cpu::IsaTables<cpu::EngineTable> kTables = METAFAST_ISA_TABLES(cpu::kEngine);
 
 // A workspace, to be freed by std::free. On huge pages where it is large: transforms of a convolution write
 // to dozens of places at once, which are as many pages.
@@ -46,16 +43,6 @@ void* zeros(size_t size) {
 #endif
   std::memset(memory, 0, bytes);
   return memory;
-}
-
-template <class Real>
-const cpu::EngineFunctions<Real>& functions() {
-  return cpu::functions_for<Real>(kTables.current());
-}
-
-template <class Real>
-const Real* data_or_null(const Tensor& t) {
-  return t.defined() && t.numel() > 0 ? t.const_data_ptr<Real>() : nullptr;
 }
 
 template <class Real>
@@ -158,7 +145,7 @@ class Engine::Call {
     job.learned = learned;
     job.head = head;
     job.one_launch = one_launch;
-    const int64_t rule = gpu_ ? 0 : functions<Real>().rule_workspace(job, wants_gradient);
+    const int64_t rule = gpu_ ? 0 : engine_functions<Real>().rule_workspace(job, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
     layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
     job.layout = layout_.get();
@@ -182,7 +169,7 @@ class Engine::Call {
   void run_by_tasks() {
     const int all = at::get_num_threads();
     const int threads = int(std::min<int64_t>(all, job.tasks));
-    const auto run_task = functions<Real>().run_task;
+    const auto run_task = engine_functions<Real>().run_task;
     const int64_t samples = std::max(job.layout->support.samples, job.layout->query.samples);
     if (engine_.shares_tasks(job.tasks, samples, all)) {
       const cpu::Team team{all, cpu::run_parts};
@@ -268,63 +255,6 @@ Tensor Engine::gradient(const Tensor& phi, const Tensor& constants, const Side& 
 }
 Tensor Engine::hvp(const Tensor& phi, const Tensor& constants, const Side& support, const Tensor& vector) {
   return single(What::hvp, phi, constants, support, &vector);
-}
-
-Tensor Engine::flatten(const std::vector<Tensor>& params, at::Device device) const {
-  const int64_t adapting = plan_.program().adapting;
-  int64_t count = 0;
-  for (const Tensor& p : params) {
-    TORCH_CHECK_TYPE(p.scalar_type() == dtype_ && p.device() == device, "params: expected ", dtype_, " on ",
-                     device, ", got ", p.scalar_type(), " on ", p.device());
-    count += p.numel();
-  }
-  TORCH_CHECK_VALUE(count == adapting, "params: expected ", adapting, " numbers, got ", count);
-  const Tensor flat = at::empty({adapting}, at::TensorOptions().dtype(dtype_).device(device));
-  int64_t at = 0;
-  for (const Tensor& p : params) {
-    const Tensor held = p.contiguous();
-    if (device.is_cpu()) {
-      std::memcpy(static_cast<char*>(flat.mutable_data_ptr()) + at * plan_.element(), held.const_data_ptr(),
-                  size_t(p.numel() * plan_.element()));
-    } else {
-      flat.narrow(0, at, p.numel()).copy_(held.view({-1}));
-    }
-    at += p.numel();
-  }
-  return flat;
-}
-
-Tensor Engine::places(const Tensor& moves) {
-  const Program& program = plan_.program();
-  const Tensor of_user = at::full({program.adapting}, -1, moves.options()),
-               source = source_on(moves.device());
-  of_user.index_copy_(0, moves, at::arange(moves.numel(), moves.options()));
-  const Tensor found = of_user.index_select(0, source.clamp(0, program.adapting - 1));
-  return found.masked_fill_(source.lt(0).logical_or_(source.ge(program.adapting)), -1);
-}
-
-Tensor Engine::ordered(const Tensor& theta, const Tensor& constants, const Tensor& rates, double rate,
-                       int64_t rows) {
-  const at::Device device = theta.device();
-  const std::optional<Gpu> gpu = Gpu::of(device);
-  const Program& program = gpu ? program_on(device) : plan_.program();
-  // The rates of all parameters, zeros for the constants.
-  const Tensor each =
-      rates.defined() || rows == 0 ? rates : at::full({program.adapting}, rate, theta.options());
-  const Tensor all = at::empty({1 + rows, program.params}, theta.options());
-  with_real(dtype_, [&](auto real) {
-    using Real = decltype(real);
-    const auto to_engine = [&](const Tensor& user, const Real* fixed, int64_t count, Real* to) {
-      const Real* const from = user.const_data_ptr<Real>();
-      if (gpu) return gpu->functions<Real>().to_engine(program, count, from, fixed, to, gpu->stream());
-      for (int64_t row = 0; row < count; ++row)
-        functions<Real>().to_engine(program, from + row * program.adapting, fixed, to + row * program.params);
-    };
-    Real* const to = all.mutable_data_ptr<Real>();
-    to_engine(theta, data_or_null<Real>(constants), 1, to);
-    if (rows > 0) to_engine(each, nullptr, rows, to + program.params);
-  });
-  return all;
 }
 
 Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, const Side& support,
@@ -424,52 +354,6 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     call.run();
   });
   return result;
-}
-
-Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
-  const c10::DeviceGuard guard(rows.device());
-  const int64_t tasks = rows.size(0), size = rows.numel() / tasks;
-  const Tensor sums = at::empty({size}, rows.options());
-  with_real(dtype_, [&](auto real) {
-    using Real = decltype(real);
-    if (const auto gpu = Gpu::of(rows.device())) {
-      return gpu->functions<Real>().weighted_sum({rows.const_data_ptr<Real>(), weights.const_data_ptr<Real>(),
-                                                  tasks, size, sums.mutable_data_ptr<Real>()},
-                                                 gpu->stream());
-    }
-    constexpr int64_t kChunk = 1024;
-    const int64_t chunks = (size + kChunk - 1) / kChunk;
-    const Real *const each = rows.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
-    Real* const to = sums.mutable_data_ptr<Real>();
-    const auto weighted_sum = functions<Real>().weighted_sum;
-    auto chunk = [&](int64_t index, int) {
-      const int64_t begin = index * kChunk, end = std::min(begin + kChunk, size);
-      weighted_sum(each, tasks, size, w, begin, end, to);
-    };
-    cpu::run_tasks(chunks, at::get_num_threads(), chunk);
-  });
-  return sums;
-}
-
-Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
-  const c10::DeviceGuard guard(gradient.device());
-  const Program& program = plan_.program();
-  const int64_t rows = gradient.dim() == 3 ? gradient.size(1) : 1;
-  const Tensor sums = gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights);
-  const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
-                                          : at::empty({program.adapting}, gradient.options());
-  with_real(dtype_, [&](auto real) {
-    using Real = decltype(real);
-    const Real* from = sums.const_data_ptr<Real>();
-    Real* user = flat.mutable_data_ptr<Real>();
-    if (const auto gpu = Gpu::of(flat.device())) {
-      const Program& there = program_on(flat.device());
-      return gpu->functions<Real>().to_user(there, rows, from, user, gpu->stream());
-    }
-    for (int64_t row = 0; row < rows; ++row, user += program.adapting, from += program.params)
-      functions<Real>().to_user(program, from, user);
-  });
-  return flat;
 }
 
 void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {

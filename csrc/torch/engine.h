@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../engine/build.h"
@@ -145,6 +146,11 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Unrolled unroll(const at::Tensor& theta, const at::Tensor& constants, const Side& support,
                   const Side& query, const Inner& inner, const std::optional<at::Tensor>& cotangent,
                   bool wants_gradient, bool wants_rate_gradient, const at::Tensor& weights = {});
+  // That, by tasks' weights or their mean, at what was checked; and those weights (T,). In meta_step.cpp.
+  std::pair<Unrolled, at::Tensor> judge(const std::vector<at::Tensor>& params, const at::Tensor& constants,
+                                        const Side& support, const Side& query, const Inner& inner,
+                                        const std::optional<at::Tensor>& weights, bool wants_gradient,
+                                        bool wants_rate_gradient);
   // Nobody has asked for the gradient of tasks' losses one by one, yet.
   std::atomic<bool> sums_{true};
   // sum_t weights_t rows_t of (T, size), (size,).

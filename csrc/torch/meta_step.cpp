@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "engine.h"
+#include "engine_data.h"
 
 namespace metafast {
 
@@ -67,23 +68,20 @@ Tensor scaled(const Tensor& t, const Tensor& factor) {
 // sum += part, from nothing.
 void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? at::add(sum, part) : part; }
 
-// Copies of `flat`'s parts, shaped as the tensors are, one after the other.
+// On a device: the part of `flat` from `at` on, shaped as `like`.
+Tensor part_of(const Tensor& flat, int64_t at, const Tensor& like) {
+  return flat.narrow(0, at, like.numel()).view(like.sizes());
+}
+
+// Copies of `flat`'s parts, shaped as the tensors are.
 void cut(const Tensor& flat, const std::vector<Tensor>& like, variable_list& parts) {
-  if (!flat.is_cpu()) {
-    int64_t at = 0;
-    for (const Tensor& t : like) {
-      parts.push_back(flat.narrow(0, at, t.numel()).view(t.sizes()).clone());
-      at += t.numel();
-    }
-    return;
-  }
-  const char* from = static_cast<const char*>(flat.const_data_ptr());
-  for (const Tensor& t : like) {
+  for_parts(like, [&](const Tensor& t, int64_t at) {
+    if (!flat.is_cpu()) return parts.push_back(part_of(flat, at, t).clone());
+    const char* const from = static_cast<const char*>(flat.const_data_ptr());
     parts.push_back(at::empty(t.sizes(), flat.options()));
-    const size_t bytes = size_t(t.numel()) * flat.element_size();
-    std::memcpy(parts.back().mutable_data_ptr(), from, bytes);
-    from += bytes;
-  }
+    std::memcpy(parts.back().mutable_data_ptr(), from + size_t(at) * flat.element_size(),
+                size_t(t.numel()) * flat.element_size());
+  });
 }
 
 }  // namespace
@@ -173,6 +171,22 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
   static constexpr size_t kPlain = 5;  // forward's arguments after leaves and rates
 };
 
+std::pair<Engine::Unrolled, Tensor> Engine::judge(const std::vector<Tensor>& params, const Tensor& constants,
+                                                  const Side& support, const Side& query, const Inner& inner,
+                                                  const std::optional<Tensor>& weights, bool wants_gradient,
+                                                  bool wants_rate_gradient) {
+  const at::NoGradGuard no_grad;
+  const int64_t tasks = support.x.size(0);
+  const at::Device device = support.x.device();
+  check_side("support", support, tasks, device, inner.ways);
+  check_side("query", query, tasks, device, inner.ways);
+  const Tensor theta = flatten(params, device), w = weights_or_mean(weights, tasks, theta.options());
+  Unrolled run =
+      unroll(theta, constants, support, query, inner, std::nullopt, wants_gradient, wants_rate_gradient, w);
+  set_loss(run.outcome, w);
+  return {std::move(run), w};
+}
+
 MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& constants, const Side& support,
                               const Side& query, const Inner& inner, const std::optional<Tensor>& weights) {
   std::vector<Tensor> leaves = params;
@@ -182,25 +196,14 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
       (std::any_of(leaves.begin(), leaves.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
        (inner.rates && inner.rates->requires_grad()));
   const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
-  Unrolled run;
-  Tensor w;
-  {
-    const at::NoGradGuard no_grad;
-    const at::Device device = support.x.device();
-    check_side("support", support, support.x.size(0), device, inner.ways);
-    check_side("query", query, support.x.size(0), device, inner.ways);
-    const Tensor theta = flatten(params, device);
-    w = weights_or_mean(weights, support.x.size(0), theta.options());
-    run = unroll(theta, constants, support, query, inner, std::nullopt, differentiable, of_rates, w);
-    set_loss(run.outcome, w);
-  }
+  const auto [run, w] = judge(params, constants, support, query, inner, weights, differentiable, of_rates);
   if (!differentiable) return run.outcome;
   const auto kept = c10::make_intrusive<MetaStepContext>();
   kept->engine = shared_from_this();
   kept->inner = inner;
   // The saved tensors are the ones to use.
   if (inner.rates) kept->inner.rates = inner.rates->detach();
-  for (Tensor& w : kept->inner.lstm) w = w.detach();
+  for (Tensor& t : kept->inner.lstm) t = t.detach();
   // Autograd's own arguments must be tensors, defined ones.
   const Tensor none = at::empty({0}, w.options());
   const Tensor fixed = constants.defined() ? constants : none;
@@ -236,23 +239,14 @@ void add_to_grad(const Tensor& p, const Real* part) {
 
 // .grad += the parts of `flat`, of those tensors that require one.
 void add_all(const Tensor& flat, const std::vector<Tensor>& leaves) {
-  if (!flat.is_cpu()) {
-    int64_t at = 0;
-    for (const Tensor& leaf : leaves) {
-      const Tensor part = flat.narrow(0, at, leaf.numel()).view(leaf.sizes());
-      at += leaf.numel();
-      if (!leaf.requires_grad()) continue;
+  with_real(flat.scalar_type(), [&](auto real) {
+    for_parts(leaves, [&](const Tensor& leaf, int64_t at) {
+      if (!leaf.requires_grad()) return;
+      if (flat.is_cpu()) return add_to_grad(leaf, flat.const_data_ptr<decltype(real)>() + at);
+      const Tensor part = part_of(flat, at, leaf);
       Tensor& grad = leaf.mutable_grad();
       grad.defined() ? void(grad.add_(part)) : void(grad = part.clone());
-    }
-    return;
-  }
-  with_real(flat.scalar_type(), [&](auto real) {
-    const auto* part = flat.const_data_ptr<decltype(real)>();
-    for (const Tensor& leaf : leaves) {
-      if (leaf.requires_grad()) add_to_grad(leaf, part);
-      part += leaf.numel();
-    }
+    });
   });
 }
 
@@ -262,13 +256,7 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
                                const Side& support, const Side& query, const Inner& inner,
                                const std::optional<Tensor>& weights) {
   const at::NoGradGuard no_grad;
-  const at::Device device = support.x.device();
-  check_side("support", support, support.x.size(0), device, inner.ways);
-  check_side("query", query, support.x.size(0), device, inner.ways);
-  const Tensor theta = flatten(params, device);
-  const Tensor w = weights_or_mean(weights, support.x.size(0), theta.options());
-  Unrolled run = unroll(theta, constants, support, query, inner, std::nullopt, true, false, w);
-  set_loss(run.outcome, w);
+  const auto [run, w] = judge(params, constants, support, query, inner, weights, true, false);
   add_all(reduce(run.gradient, w), params);
   if (!inner.lstm.empty()) add_all(sum_tasks(run.rule_gradient, w), inner.lstm);
   return run.outcome;
