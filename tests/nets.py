@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
+from metafast.checks.compare import flat_gradient
 
 
 class Residual(nn.Module):
@@ -112,13 +113,7 @@ def episodes_for(name: str, tasks: int = 4, shots: int = 3, queries: int = 5, se
 
 def gradient(module: nn.Module) -> Tensor:
     """The flattened .grad of all parameters that require gradients."""
-    return torch.cat(
-        [
-            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
-            for p in module.parameters()
-            if p.requires_grad
-        ]
-    )
+    return flat_gradient(module.parameters())
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

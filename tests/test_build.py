@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from metafast import _native
+from tests.scripts import load_module
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 PACKAGES = Path(torch.__file__).parents[1]
 KERNELS = [file for file in sorted(CSRC.rglob("*")) if file.is_file() and "torch" not in file.relative_to(CSRC).parts]
-
-
-def load_module(name: str, path: Path) -> ModuleType:
-    """A Python file that is in no package."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 setup = load_module("metafast_setup", ROOT / "setup.py")

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.test_build import load_module
+from tests.scripts import load_module
 
 ROOT = Path(__file__).parents[1]
 table: ModuleType = load_module("cuda_table", ROOT / "benchmarks" / "cuda_table.py")

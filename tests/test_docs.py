@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import metafast as mf
 from metafast import bench, data, models, ops, reference, rules
 from metafast.engine.lowering import Kind
 from metafast.engine.lowering.lowered import LOSSES
+from tests.scripts import load_module
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -101,16 +100,8 @@ def test_every_doctest_runs() -> None:
     assert '"--doctest-modules"' in options and 'testpaths = ["metafast"' in options
 
 
-def load_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_tables", DOCS / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tables_are_of_the_committed_results() -> None:
-    tables = load_tables()
+    tables = load_module("docs_tables", DOCS / "tables.py")
     text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     filled = tables.fill(text)
     assert "<!-- table" in text and "<!-- table" not in filled

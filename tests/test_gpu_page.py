@@ -10,7 +10,7 @@ import pytest
 
 from metafast.bench.cost import cost_of
 from metafast.bench.workloads import WORKLOADS
-from tests.test_build import load_module
+from tests.scripts import load_module
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "benchmarks" / "gpu.md").read_text()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import json
-import sys
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 import metafast as mf
+from tests.scripts import load_module
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -27,18 +25,8 @@ CHARACTERS = {"Alpha": 20, "Beta": 2, "Gamma": 20, "Delta": 2}
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The two scripts; the second imports the first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield {name: importlib.import_module(name) for name in ("omniglot", "omniglot_agreement")}
-    for name in ("omniglot", "omniglot_agreement"):
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def omniglot(scripts: dict[str, ModuleType]) -> ModuleType:
-    return scripts["omniglot"]
+def omniglot() -> ModuleType:
+    return load_module("omniglot", ROOT / "benchmarks" / "omniglot.py")
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +197,11 @@ def test_bad_input(omniglot: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.fixture
-def agreement(
-    tiny: ModuleType, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> ModuleType:
-    """With the small nets of ``tiny``, and the result elsewhere."""
-    monkeypatch.setattr(scripts["omniglot_agreement"], "recipe_of", tiny.recipe_of)
-    monkeypatch.setattr(scripts["omniglot_agreement"], "RESULT", tmp_path / "agreement.json")
-    return scripts["omniglot_agreement"]
+def agreement(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """With the small nets of ``tiny``, which it imports, and the result elsewhere."""
+    module = load_module("omniglot_agreement", ROOT / "benchmarks" / "omniglot_agreement.py")
+    monkeypatch.setattr(module, "RESULT", tmp_path / "agreement.json")
+    return module
 
 
 def test_float64_trainings_agree(agreement: ModuleType, drawings: Path) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import distributions
 
-import torch
 from torch import Tensor, nn
 
 from metafast import reference
 from metafast.backend import use_backend
 from metafast.bench.workloads import Problem, Workload
+from metafast.checks.compare import flat_gradient
 from metafast.episodes import Outcome
 from metafast.learners import LOMAML, MAML, ProtoNets
 
@@ -78,18 +78,13 @@ def by_backward(problem: Problem, loss: Callable[[], Tensor]) -> Prepared:
         clear(parameters)
         loss().backward()
 
-    return Prepared(step, lambda: flat_grad(parameters))
+    return Prepared(step, lambda: flat_gradient(parameters))
 
 
 def clear(parameters: list[nn.Parameter]) -> None:
     """Forget the ``.grad`` of all parameters."""
     for parameter in parameters:
         parameter.grad = None
-
-
-def flat_grad(parameters: list[nn.Parameter]) -> Tensor:
-    """The ``.grad`` of all parameters, one after the other; zeros where there is none."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
 
 
 def _learner(problem: Problem) -> MAML | LOMAML | ProtoNets:
@@ -118,7 +113,7 @@ def _accumulate_grad(problem: Problem) -> Prepared:
         clear(parameters)
         learner.accumulate_grad(problem.episodes)
 
-    return Prepared(step, lambda: flat_grad(parameters))
+    return Prepared(step, lambda: flat_gradient(parameters))
 
 
 def _graph(problem: Problem) -> Prepared:
@@ -132,7 +127,7 @@ def _graph(problem: Problem) -> Prepared:
                 p.grad.zero_()
         captured(problem.episodes)
 
-    return Prepared(step, lambda: flat_grad(parameters))
+    return Prepared(step, lambda: flat_gradient(parameters))
 
 
 def _torch_backend(problem: Problem) -> Prepared:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,12 @@ class Finding:
     def passed(self) -> bool:
         """Within the bar."""
         return self.error <= self.bar
+
+
+def flat_gradient(parameters: Iterable[Tensor]) -> Tensor:
+    """The .grad of all parameters that require gradients, one after the other; zeros where there is none."""
+    of = [p for p in parameters if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in of])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

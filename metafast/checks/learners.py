@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import reference
-from metafast.checks.compare import Case, Inputs, Quantities
+from metafast.checks.compare import Case, Inputs, Quantities, flat_gradient
 from metafast.checks.nets import INPUT_SHAPES, NETS, SMOOTH_NETS, WAYS
 from metafast.checks.operators import seeded
 from metafast.episodes import Episodes, Outcome
@@ -150,23 +150,17 @@ def _protonets_case(text: str, inputs: tuple[Callable[[], Inputs], ...], metric:
 def _by_both_doors(learner: nn.Module, episodes: Episodes, weights: Tensor) -> Quantities:
     out: Outcome = learner(episodes, weights)
     out.loss.backward()
-    backward = flat_gradient(learner)
+    backward = flat_gradient(learner.parameters())
     learner.zero_grad()
     again: Outcome = cast(Callable[..., Outcome], learner.accumulate_grad)(episodes, weights)
     return {
         "outcome": (out.loss, out.losses, out.logits, again.loss, again.losses, again.logits),
-        "gradient": (backward, flat_gradient(learner)),
+        "gradient": (backward, flat_gradient(learner.parameters())),
     }
 
 
 def _plain_quantities(out: Outcome, *owners: nn.Module) -> Quantities:
     out.loss.backward()
-    gradient = torch.cat([flat_gradient(owner) for owner in owners])
+    gradient = torch.cat([flat_gradient(owner.parameters()) for owner in owners])
     outcome = (out.loss, out.losses, out.logits)
     return {"outcome": (*outcome, *outcome), "gradient": (gradient, gradient)}
-
-
-def flat_gradient(module: nn.Module) -> Tensor:
-    """The .grad of all parameters that require gradients, one after the other; zeros where there is none."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])

@@ -150,15 +150,11 @@ def test_gates_that_are_computed_again_and_any_number_of_threads() -> None:
     episodes, optimizer = episodes_for("mlp", tasks=5), optimizer_of(20)
     learner = mf.LOMAML(model, optimizer, lr=0.1, steps=4)
     found = {}
-    threads_before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            learner.zero_grad()
-            learner.accumulate_grad(episodes)
-            found[threads] = gradient(learner)
-    finally:
-        torch.set_num_threads(threads_before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        learner.zero_grad()
+        learner.accumulate_grad(episodes)
+        found[threads] = gradient(learner)
     assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
     learner.zero_grad()
     mf.reference.lomaml(model, optimizer, episodes, lr=0.1, steps=4).loss.backward()

@@ -68,31 +68,27 @@ def test_every_kind_of_step_and_the_same_bits_with_any_number_of_threads(rule: s
     model, episodes, weights = problem()
     wanted_model = copy.deepcopy(model)
     found = {}
-    threads_before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5, 16):
-            torch.set_num_threads(threads)
-            torch.manual_seed(1)
-            net = copy.deepcopy(model)
-            learner: nn.Module
-            if rule == "lstm":
-                learner = mf.LOMAML(net, mf.LSTMOptimizer(3).double(), lr=0.1, steps=2)
-            elif rule == "rates":
-                learner = mf.GradientLearner(net, mf.LearnedRates(net, 0.1), steps=2)
-            elif rule == "protonets":
-                net[-1].weight.data.mul_(3)
-                y = torch.arange(5).repeat(TASKS, 3)
-                episodes = mf.Episodes(episodes.support_x[:, :5], y[:, :5], episodes.query_x, y[:, :8])
-                learner = mf.ProtoNets(net)
-            else:
-                learner = mf.MAML(net, lr=0.1, steps=2, first_order=rule == "first order")
-            learner.accumulate_grad(episodes, weights)
-            found[threads] = gradient(learner)
-            learner.zero_grad()
-            learner(episodes, weights).loss.backward()
-            assert torch.equal(gradient(learner), found[threads])
-    finally:
-        torch.set_num_threads(threads_before)
+    for threads in (1, 2, 5, 16):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        net = copy.deepcopy(model)
+        learner: nn.Module
+        if rule == "lstm":
+            learner = mf.LOMAML(net, mf.LSTMOptimizer(3).double(), lr=0.1, steps=2)
+        elif rule == "rates":
+            learner = mf.GradientLearner(net, mf.LearnedRates(net, 0.1), steps=2)
+        elif rule == "protonets":
+            net[-1].weight.data.mul_(3)
+            y = torch.arange(5).repeat(TASKS, 3)
+            episodes = mf.Episodes(episodes.support_x[:, :5], y[:, :5], episodes.query_x, y[:, :8])
+            learner = mf.ProtoNets(net)
+        else:
+            learner = mf.MAML(net, lr=0.1, steps=2, first_order=rule == "first order")
+        learner.accumulate_grad(episodes, weights)
+        found[threads] = gradient(learner)
+        learner.zero_grad()
+        learner(episodes, weights).loss.backward()
+        assert torch.equal(gradient(learner), found[threads])
     for one in found.values():
         assert torch.equal(one, found[1])
     if rule in ("sgd", "first order"):

@@ -13,6 +13,7 @@ import metafast as mf
 from metafast.reference.lstm import lstm_step
 from tests.backends import ON_CPU, device_of, in_every_order, on_dtypes, on_kernels, poisoned
 from tests.backends import native as needs_kernels
+from tests.nets import relative_error
 
 BAR = 1e-10
 
@@ -35,10 +36,6 @@ def problem(
     grads[::7] = 0
     state = torch.randn(layers, 2, coordinates, hidden, dtype=torch.float64)
     return optimizer.to(device, dtype), grads.to(device, dtype), state.to(device, dtype)
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 # Around blocks of 32 and 64 coordinates; the last one is more than a GPU's shared memory holds, and 97 of 40 units are

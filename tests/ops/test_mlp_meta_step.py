@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import metafast as mf
 from metafast.reference import maml
 from tests.backends import GPUS, device_of, in_every_order, kernels_of, poisoned
+from tests.nets import relative_error
 
 on_gpus = pytest.mark.parametrize("backend", [pytest.param(name, marks=kernels_of(name)) for name in GPUS])
 LR, STEPS = 0.3, 3
@@ -71,10 +72,6 @@ def plain(
     return [out.losses.detach(), out.logits.detach(), rows, weights @ rows]
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 # One layer, odd widths, as many layers as there may be, more outputs than a block has threads, and the sinusoid's.
 CASES = [
     ((3, 4), 2, 5, 3),
@@ -108,7 +105,7 @@ def test_against_the_reference(
             if loss == "cross_entropy" and widths[-1] == 1:
                 assert float((mine - exact).norm()) <= 1e-12  # of one class all is 0, but the logits
             else:
-                assert error(mine, exact) <= 1e-10
+                assert relative_error(mine, exact) <= 1e-10
 
 
 @on_gpus
@@ -123,7 +120,7 @@ def test_float32_errs_at_most_twice_as_much_as_torch(activation: str, loss: str,
     exact = plain(double, wide, weights.double(), loss, STEPS, False)
     torchs = plain(single, e, weights, loss, STEPS, False)
     for mine, theirs, wanted in zip(fused(backend, single, e, weights, loss, STEPS, False), torchs, exact, strict=True):
-        assert error(mine, wanted) <= 2 * error(theirs, wanted) + 1e-6
+        assert relative_error(mine, wanted) <= 2 * relative_error(theirs, wanted) + 1e-6
 
 
 @on_gpus
