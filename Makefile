@@ -10,6 +10,7 @@
 # make cuda-table  accept the kernels' registers, spills and shared memory as they are now
 # make bench  every workload, into benchmarks/results
 # make omniglot  few-shot Omniglot from METAFAST_DATA's files, half an hour on two cores; OMNIGLOT=--resume goes on
+# make omniglot-agreement  the same trainings in float64 beside the reference, and the spread of float32 ones
 # make peers  the libraries to compare with, in .venv-peers
 # make build  the environment in .venv and the extension only
 # make wheel  a wheel for this machine's kind, torch and Python, in dist/; `make wheel-test` installs it elsewhere

@@ -144,7 +144,7 @@ def run(row: str, root: Path, with_reference: bool, say: Callable[[str], None] =
         say(f"{row}: reference {words(found)}; {'agrees' if found['agrees'] else 'DOES NOT AGREE'}")
     judge = _inductive(learner, training)
     result["inductive"] = _tested(_batches(unseen, _inductive_queries(recipe), _INDUCTIVE_TASKS), judge)
-    say(f"{row}: inductive {_percent(result['inductive'])}")
+    say(f"{row}: inductive {percent(result['inductive'])}")
     if (recipe.ways, recipe.shots) == (20, 1):
         whole = functools.partial(_accuracy, learner)
         tables = list(_alphabets(root, recipe).values())
@@ -154,7 +154,7 @@ def run(row: str, root: Path, with_reference: bool, say: Callable[[str], None] =
             "transductive": _tested(_in_turns(inside, unseen.recipe.queries, lengths["eval_tasks"]), whole),
             "inductive": _tested(_in_turns(inside, _inductive_queries(recipe), _INDUCTIVE_TASKS), judge),
         }
-        say(f"{row}: within alphabet {_percent(result['within_alphabet']['transductive'])}")
+        say(f"{row}: within alphabet {percent(result['within_alphabet']['transductive'])}")
     return result
 
 
@@ -282,12 +282,12 @@ def _plain(estimate: Estimate, tasks: int, queries: int) -> dict[str, Any]:
     }
 
 
-def _percent(found: dict[str, Any]) -> str:
+def percent(found: dict[str, Any]) -> str:
     return f"{100 * found['mean']:.1f} ± {100 * found['interval']:.1f} %"
 
 
 def words(found: dict[str, Any]) -> str:
-    return f"{_percent(found['accuracy'])}, trained in {found['train_seconds']:.1f} s"
+    return f"{percent(found['accuracy'])}, trained in {found['train_seconds']:.1f} s"
 
 
 def load(path: Path) -> dict[str, Any]:

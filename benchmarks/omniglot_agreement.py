@@ -1,4 +1,4 @@
-"""Why two float32 trainings of one recipe part, and that two float64 ones do not: Omniglot against the reference.
+"""Omniglot against the reference in float64, all along the training, and how far float32 trainings part by themselves.
 
     export METAFAST_DATA=FOLDER
     python benchmarks/omniglot_agreement.py                  # all four learners
@@ -6,9 +6,12 @@
 
 For the row of omniglot.py of each learner that has a reference beside it:
 
+- gradients: at every tenth step of metafast's float64 training the reference's meta-gradient at the same weights and
+  tasks; the largest relative error. It agrees up to 1e-10.
 - float64: the same training by metafast and by ``metafast.reference``, from the same seed over the same tasks, then the
   same test. How far their weights are apart at the end, relative, and whether the accuracies agree, that is differ by
-  no more than both intervals together.
+  no more than both intervals together. Training may amplify roundings: LOMAML's, whose optimiser sees logarithms
+  and signs of gradients, doubles them at each of its first meta-steps, and ends elsewhere even in float64.
 - float32: metafast's training again from initial weights off by about one rounding, each multiplied by 1 - 2^-23, 1 or
   1 + 2^-23 at random, several times. The accuracies' spread is what float32 leaves open for this recipe, whoever
   computes it.
@@ -16,8 +19,8 @@ For the row of omniglot.py of each learner that has a reference beside it:
 A convolution's bias before a batch norm has gradient 0 and no influence. The reference gets rounding noise there, which
 Adam makes steps of; those biases are left out of the distance.
 
-benchmarks/results/omniglot-agreement.json is written after every learner. Exits with 1 if learners are left, for want
-of time (--minutes), or some do not agree in float64.
+benchmarks/results/omniglot-agreement.json is written after every part. Exits with 1 if parts are left, for want of time
+(--minutes), or gradients or float64 accuracies do not agree.
 """
 
 from __future__ import annotations
@@ -27,25 +30,24 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import omniglot
 import torch
 from omniglot import CPU, Reference, opened, recipe_of
-from torch import nn
+from torch import Tensor, nn
 
 from metafast.bench.machine import describe_machine
 from metafast.cli.evaluation import recipe_to_test
 from metafast.cli.recipe import AnyLearner, Tasks
-from metafast.episodes import Episodes
+from metafast.episodes import Episodes, Outcome
 
 RESULT = omniglot.RESULT.with_name("omniglot-agreement.json")
 ROWS = omniglot.WITH_REFERENCE
-# Weights of float64 trainings that are the same but for roundings; hundreds of meta-steps make them grow.
-BAR = 1e-6
+BAR = 1e-10
+EVERY = 10
 TRAININGS = 4
 
 
@@ -54,6 +56,33 @@ class Float64(Tasks):
 
     def sample(self, tasks: int, generator: torch.Generator) -> Episodes:
         return super().sample(tasks, generator).to(dtype=torch.float64)
+
+
+class Watched(Reference):
+    """A learner that is compared with the reference at every so many of its steps."""
+
+    def __init__(self, learner: AnyLearner, every: int) -> None:
+        super().__init__(learner)
+        self.every, self.calls, self.errors = every, 0, list[float]()
+
+    def forward(self, episodes: Episodes) -> Outcome:
+        found: Outcome = self.learner(episodes)
+        return found
+
+    def accumulate_grad(self, episodes: Episodes) -> Outcome:
+        found = self.learner.accumulate_grad(episodes)
+        if self.calls % self.every == 0:
+            weights = list(self.learner.parameters())
+            exact = torch.autograd.grad(self._outcome(episodes).loss, weights, materialize_grads=True)
+            apart = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            self.errors.append(_relative(apart, exact))
+        self.calls += 1
+        return found
+
+
+def _relative(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    one, other = (torch.cat([t.detach().flatten() for t in side]) for side in (found, exact))
+    return float((one - other).norm() / other.norm())
 
 
 def nudged(learner: AnyLearner, seed: int) -> AnyLearner:
@@ -75,59 +104,80 @@ def weights_apart(first: nn.Module, second: nn.Module) -> float:
         for (conv, before), (_, after) in zip(module.named_children(), list(module.named_children())[1:])
         if isinstance(before, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
     }
-    one, other = (
-        torch.cat([weight.detach().flatten() for name, weight in side.named_parameters() if name not in idle])
-        for side in (first, second)
-    )
-    return float((one - other).norm() / other.norm())
+    one, other = ([weight for name, weight in side.named_parameters() if name not in idle] for side in (first, second))
+    return _relative(one, other)
 
 
-def run(row: str, root: Path, trainings: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Everything a learner has, as plain JSON values."""
-    recipe, lengths = recipe_of(row)
-    result: dict[str, Any] = {
-        "recipe": recipe.plain(),
-        **lengths,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-    assert recipe.source is not None
-    data = {split: opened(root, recipe.source, split) for split in ("train", "test")}
+class Row:
+    """A learner's parts, each as plain JSON values."""
 
-    def tasks(kind: type[Tasks]) -> tuple[Tasks, Tasks]:
-        return (
-            kind(recipe, test=False, root=root, device=CPU, data=data["train"]),
-            kind(recipe_to_test(recipe), test=True, root=root, device=CPU, data=data["test"]),
-        )
+    def __init__(self, row: str, root: Path, trainings: int) -> None:
+        self.recipe, self.lengths = recipe_of(row)
+        self.root, self.trainings = root, trainings
 
-    train = functools.partial(omniglot.train_and_test, recipe, lengths)
-    ours, found = train(*tasks(Float64), lambda learner: learner.double())
-    theirs, expected = train(*tasks(Float64), lambda learner: Reference(learner.double()))
-    apart, by = weights_apart(ours, theirs), omniglot.agrees(found, expected)
-    result["float64"] = {
-        "metafast": found,
-        "reference": expected,
-        "weights_apart": float(f"{apart:.2e}"),
-        "agrees": by and apart <= BAR,
-    }
-    say(f"{row}: float64 {omniglot.words(found)}, reference {omniglot.words(expected)}, weights {apart:.1e} apart")
-    result["float32"] = []
-    for seed in range(trainings):
-        _, found = train(*tasks(Tasks), functools.partial(nudged, seed=seed))
-        result["float32"].append(found)
-        say(f"{row}: float32, weights off by a rounding, {omniglot.words(found)}")
-    return result
+    def settings(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.plain(), **self.lengths}
+
+    def gradients(self) -> dict[str, Any]:
+        watched: list[Watched] = []
+
+        def watch(learner: AnyLearner) -> Watched:
+            watched.append(Watched(learner.double(), EVERY))
+            return watched[0]
+
+        self._train(Float64, watch)
+        largest = max(watched[0].errors)
+        return {"steps": len(watched[0].errors), "largest_error": float(f"{largest:.2e}"), "agrees": largest <= BAR}
+
+    def float64(self) -> dict[str, Any]:
+        ours, found = self._train(Float64, lambda learner: learner.double())
+        theirs, expected = self._train(Float64, lambda learner: Reference(learner.double()))
+        return {
+            "metafast": found,
+            "reference": expected,
+            "weights_apart": float(f"{weights_apart(ours, theirs):.2e}"),
+            "agrees": omniglot.agrees(found, expected),
+        }
+
+    def float32(self) -> list[dict[str, Any]]:
+        return [self._train(Tasks, functools.partial(nudged, seed=seed))[1] for seed in range(self.trainings)]
+
+    def _train(self, kind: type[Tasks], by: Callable[[AnyLearner], Any]) -> tuple[AnyLearner, dict[str, Any]]:
+        recipe, root = self.recipe, self.root
+        assert recipe.source is not None
+        data = {split: opened(root, recipe.source, split) for split in ("train", "test")}
+        training = kind(recipe, test=False, root=root, device=CPU, data=data["train"])
+        unseen = kind(recipe_to_test(recipe), test=True, root=root, device=CPU, data=data["test"])
+        learner, found = omniglot.train_and_test(recipe, self.lengths, training, unseen, by)
+        return learner, {"accuracy": found["accuracy"]}  # nobody compares times here
+
+
+PARTS: dict[str, Callable[[Row], Any]] = {
+    "gradients": Row.gradients,
+    "float64": Row.float64,
+    "float32": Row.float32,
+}
+
+
+def words(part: str, found: Any) -> str:
+    """A part in a line."""
+    if part == "gradients":
+        return f"errors of at most {found['largest_error']:.1e} at {found['steps']} steps"
+    if part == "float32":
+        return ", ".join(omniglot.percent(one["accuracy"]) for one in found)
+    sides = " and ".join(omniglot.percent(found[side]["accuracy"]) for side in ("metafast", "reference"))
+    return f"{sides}, weights {found['weights_apart']:.1e} apart"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run learners; 1 if some are left or do not agree in float64, 2 for bad input."""
+    """Run the parts; 1 if some are left or do not agree, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Omniglot in float64 against the reference, and float32's own spread.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="one of omniglot.py's with a reference; all when none")
     parser.add_argument("--data-root", type=Path, default=os.environ.get("METAFAST_DATA"), help="or METAFAST_DATA")
-    parser.add_argument("--minutes", type=float, default=22.0, help="no learner is begun after so many")
+    parser.add_argument("--minutes", type=float, default=22.0, help="no part is begun after so many")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trainings", type=int, default=TRAININGS, help="in float32")
-    parser.add_argument("--resume", action="store_true", help="leave the learners that are there")
+    parser.add_argument("--resume", action="store_true", help="leave the parts that are there")
     options = parser.parse_args(arguments)
     rows = options.rows or ROWS
     if unknown := [row for row in rows if row not in ROWS]:
@@ -137,23 +187,27 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     document = omniglot.load(RESULT) if options.rows or options.resume else {"rows": {}}
     document |= {"machine": describe_machine(), "threads": options.threads}
-    done = document["rows"]
     began, left = time.monotonic(), []
-    for row in rows:
-        recipe, lengths = recipe_of(row)
-        if options.resume and row in done and omniglot.same(done[row], recipe.plain() | lengths):
-            continue
-        if time.monotonic() - began > 60 * options.minutes:
-            left.append(row)
-            continue
-        done[row] = run(row, Path(options.data_root), options.trainings, functools.partial(print, flush=True))
-        document["minutes"] = round((time.monotonic() - began) / 60, 2)
-        omniglot.save(document, RESULT)
-    apart = [row for row in rows if row in done and not done[row]["float64"]["agrees"]]
+    for name in rows:
+        row = Row(name, Path(options.data_root), options.trainings)
+        done = document["rows"].get(name)
+        if not (options.resume and done is not None and omniglot.same(done, row.recipe.plain() | row.lengths)):
+            done = document["rows"][name] = row.settings()
+        for part, work in PARTS.items():
+            if part in done:
+                continue
+            if time.monotonic() - began > 60 * options.minutes:
+                left.append(f"{name}: {part}")
+                continue
+            done[part] = work(row)
+            print(f"{name}: {part}: {words(part, done[part])}", flush=True)
+            omniglot.save(document, RESULT)
+    checked = [(name, part) for name in rows for part in ("gradients", "float64") if part in document["rows"][name]]
+    apart = [f"{name}: {part}" for name, part in checked if not document["rows"][name][part]["agrees"]]
     if left:
         print(f"no time was left for {', '.join(left)}; to go on: --resume")
     if apart:
-        print(f"the reference does not agree in float64 on {', '.join(apart)}")
+        print(f"the reference does not agree on {', '.join(apart)}")
     return int(bool(left or apart))
 
 

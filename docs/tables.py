@@ -177,7 +177,7 @@ def omniglot_reference(path: Path) -> str:
 
 
 def omniglot_agreement(path: Path) -> str:
-    """The float64 trainings of metafast and of the reference, and the accuracies that float32 leaves open."""
+    """Gradients' errors along the training, both float64 trainings, and the accuracies that float32 leaves open."""
     rows = []
     for name, found in _load(path)["rows"].items():
         double = found["float64"]
@@ -185,13 +185,13 @@ def omniglot_agreement(path: Path) -> str:
         rows.append(
             [
                 name,
-                str(found["iterations"]),
+                f"{found['gradients']['largest_error']:.0e} ({found['gradients']['steps']})",
                 *(_percent(double[side]["accuracy"]) for side in ("metafast", "reference")),
                 f"{double['weights_apart']:.0e}",
                 f"{min(means):.1f} to {max(means):.1f} % ({len(means)})",
             ]
         )
-    header = ["row", "meta-steps", "float64: metafast", "reference", "weights apart", "float32, by a rounding"]
+    header = ["row", "gradient's error", "float64: metafast", "reference", "weights apart", "float32, by a rounding"]
     return _rows(header, rows)
 
 

@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,32 +205,43 @@ def agreement(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     return module
 
 
-def test_float64_trainings_agree(agreement: ModuleType, drawings: Path) -> None:
+def test_float64_trainings_agree(agreement: ModuleType, drawings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--data-root", str(drawings), "--threads", "1", "--trainings", "2"]
     assert agreement.main(root) == 0
     document = json.loads(agreement.RESULT.read_text())
     assert list(document["rows"]) == agreement.ROWS
     for found in document["rows"].values():
+        assert found["gradients"]["steps"] == 1 and found["gradients"]["largest_error"] <= 1e-10
         assert found["float64"]["agrees"] and found["float64"]["weights_apart"] <= 1e-9
         assert len(found["float32"]) == 2
     assert agreement.main([*root, "--resume", "--minutes", "0"]) == 0
     assert json.loads(agreement.RESULT.read_text())["rows"] == document["rows"]
     assert agreement.main([*root, "--minutes", "0"]) == 1
+    assert "no time was left for small/maml-5way-1shot: gradients" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("learner", ["maml", "lomaml"])
 def test_a_reference_that_is_another_does_not_agree(
-    agreement: ModuleType, drawings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    agreement: ModuleType,
+    drawings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    learner: str,
 ) -> None:
-    def wrong(learner: mf.MAML) -> object:
-        learner.first_order = True
-        return omniglot_reference(learner)
+    whole = agreement.Reference._outcome
 
-    omniglot_reference = agreement.Reference
-    monkeypatch.setattr(agreement, "Reference", wrong)
-    row = "small/maml-5way-1shot"
+    def first_order(self: Any, episodes: mf.Episodes) -> Any:
+        self.learner.first_order, own = True, self.learner.first_order
+        found = whole(self, episodes)
+        self.learner.first_order = own
+        return found
+
+    monkeypatch.setattr(agreement.Reference, "_outcome", first_order)
+    row = f"small/{learner}-5way-1shot"
     assert agreement.main(["--data-root", str(drawings), "--threads", "1", "--trainings", "0", row]) == 1
-    assert f"does not agree in float64 on {row}" in capsys.readouterr().out
-    assert json.loads(agreement.RESULT.read_text())["rows"][row]["float64"]["weights_apart"] > agreement.BAR
+    assert f"does not agree on {row}: gradients" in capsys.readouterr().out
+    found = json.loads(agreement.RESULT.read_text())["rows"][row]
+    assert found["gradients"]["largest_error"] > 1e-6 and found["float64"]["weights_apart"] > 1e-6
 
 
 def test_weights_are_off_by_a_rounding(agreement: ModuleType) -> None:
