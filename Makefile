@@ -1,6 +1,7 @@
 # make demo   train on real letters and compare with the reference implementations
 # make test   everything that CI runs
 # make sanitize  the kernels' tests under AddressSanitizer and UBSan (CI runs this too)
+# make orders  the emulated tests, each call of the engine in four orders of threads and blocks, under AddressSanitizer
 # make aarch64  compile the kernels and the engine for 64-bit ARM (wants g++-aarch64-linux-gnu)
 # make cuda-compile  compile the CUDA kernels for every major architecture (wants nvcc, no GPU)
 # make fuzz   1,000 random networks, episodes and learners against autograd, of which CI runs 50
@@ -26,7 +27,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 ISAS := baseline avx2 avx512
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint docs pytest isas sanitize aarch64 cuda-compile cuda-extension cuda-check cuda-table format fuzz soak demo bench omniglot omniglot-agreement peers wheel wheel-test clean
+.PHONY: help build test lint docs pytest isas sanitized-extension sanitize orders aarch64 cuda-compile cuda-extension cuda-check cuda-table format fuzz soak demo bench omniglot omniglot-agreement peers wheel wheel-test clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -70,12 +71,20 @@ isas: build
 # A copy of the package, so that the sanitised extension is never the one in use. Leaks are Python's own; without
 # libstdc++ loaded as early, the sanitizer does not find the function that throws.
 SANITIZED := build/sanitized
-sanitize: build
+SANITIZED_PYTEST = cd $(SANITIZED) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir .
+sanitized-extension: build
 	rm -rf $(SANITIZED)
 	METAFAST_SIMT=1 METAFAST_SANITIZE=address,undefined CXXFLAGS=-O1 $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
 	cp -r tests $(SANITIZED)
-	cd $(SANITIZED) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(abspath $(BIN))/python -m pytest -q -n 2 -m native -c $(abspath pyproject.toml) --rootdir . tests/engine tests/ops
+
+sanitize: sanitized-extension
+	$(SANITIZED_PYTEST) tests/engine tests/ops
+
+# Learners' and checks' tests on the emulator, each call in every order of threads and blocks; those of `make sanitize`
+# and tests/simt do that by themselves.
+orders: sanitized-extension
+	export METAFAST_SIMT_ORDERS=1 && $(SANITIZED_PYTEST) -k simt tests --ignore tests/simt
 
 # What includes no torch, which has no headers for it here.
 aarch64:

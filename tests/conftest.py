@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import orders
 from tests.backends import LEARNER_BACKENDS, learners_on
 from tests.nets import NOT_LOWERED
 
@@ -44,6 +45,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     refused = name in NOT_LOWERED or request.node.get_closest_marker("not_lowered") is not None
     with learners_on(request.param, lowered=not refused):
         yield request.param
+
+
+if orders.WANTED:
+
+    @pytest.fixture(autouse=True)
+    def _all_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+        orders.in_all_orders(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
