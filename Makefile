@@ -81,10 +81,11 @@ sanitized-extension: build
 sanitize: sanitized-extension
 	$(SANITIZED_PYTEST) tests/engine tests/ops
 
-# Learners' and checks' tests on the emulator, each call in every order of threads and blocks; those of `make sanitize`
-# and tests/simt do that by themselves.
+# Learners and the engine on the emulator, each call in every order of threads and blocks; tests of operators, layers and
+# kernels do that by themselves.
 orders: sanitized-extension
-	export METAFAST_SIMT_ORDERS=1 && $(SANITIZED_PYTEST) -k simt tests --ignore tests/simt
+	export METAFAST_SIMT_ORDERS=1 && $(SANITIZED_PYTEST) -k "simt or one_launch or small_conv4 or batched_product" \
+	  --ignore tests/simt --ignore tests/ops --ignore tests/engine/test_layers.py tests
 
 # What includes no torch, which has no headers for it here.
 aarch64:
