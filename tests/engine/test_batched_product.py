@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metafast as mf
 from metafast import _native
-from tests.backends import in_every_order, kernels_of
+from tests.backends import in_every_order, kernels_of, one_launch
 from tests.engine import four_functions
 from tests.engine.test_layers import FEATURES, case, episodes_of, head
 from tests.nets import gradient, relative_error
@@ -40,11 +40,12 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def library() -> Iterator[None]:
-    """On simt, products of plain matrices go by ATen."""
+    """On simt, products of plain matrices go by ATen; small MLPs' meta-steps, which else have none, the general way."""
     module: Any = _native.native()
     module.simt_library_products(True)
     try:
-        yield
+        with one_launch(False):
+            yield
     finally:
         module.simt_library_products(False)
 
