@@ -45,6 +45,22 @@ def medians(path: Path) -> str:
     return f"{table}\n\n{_machine(_load(path)['machine'])}"
 
 
+def rates(*paths: Path) -> str:
+    """Tasks a second of each side, a column a workload."""
+    workloads = [w for path in paths for w in _load(path)["workloads"]]
+    sides = list(dict.fromkeys(side["side"] for w in workloads for side in w["sides"]))
+    rows = []
+    for name in sides:
+        medians = [
+            next((s["median_seconds"] for s in w["sides"] if s["side"] == name and "median_seconds" in s), None)
+            for w in workloads
+        ]
+        cells = ["-" if m is None else f"{w['workload']['tasks'] / m:,.3g}" for w, m in zip(workloads, medians)]
+        rows.append([name, *(cell if "e" not in cell else f"{float(cell):,.0f}" for cell in cells)])
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    return _rows(["tasks a second", *(w["workload"]["name"] for w in workloads)], rows)
+
+
 def errors(path: Path) -> str:
     """Relative errors of each side's meta-gradient from the float64 reference: in float64, and as it was timed."""
     workloads = _load(path)["workloads"]
@@ -197,6 +213,7 @@ def omniglot_agreement(path: Path) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "medians": medians,
+    "rates": rates,
     "errors": errors,
     "sinusoid": sinusoid,
     "quadratics": quadratics,
