@@ -88,6 +88,16 @@ def opened(root: Path, source: str, split: str) -> Omniglot:
     return Omniglot(root, split, source=source)
 
 
+def tasks_of(recipe: Recipe, root: Path, kind: type[Tasks] = Tasks) -> tuple[Tasks, Tasks]:
+    """The tasks to train on, and the unseen ones to test on."""
+    assert recipe.source is not None
+    train, test = (opened(root, recipe.source, split) for split in ("train", "test"))
+    return (
+        kind(recipe, test=False, root=root, device=CPU, data=train),
+        kind(recipe_to_test(recipe), test=True, root=root, device=CPU, data=test),
+    )
+
+
 class Reference(nn.Module):
     """A learner's parameters and settings, its mathematics by ``metafast.reference``."""
 
@@ -131,10 +141,7 @@ def run(row: str, root: Path, with_reference: bool, say: Callable[[str], None] =
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": round(os.getloadavg()[0], 2),
     }
-    assert recipe.source is not None
-    data = {split: opened(root, recipe.source, split) for split in ("train", "test")}
-    training = Tasks(recipe, test=False, root=root, device=CPU, data=data["train"])
-    unseen = Tasks(recipe_to_test(recipe), test=True, root=root, device=CPU, data=data["test"])
+    training, unseen = tasks_of(recipe, root)
     learner, result["metafast"] = train_and_test(recipe, lengths, training, unseen)
     say(f"{row}: {words(result['metafast'])}")
     if with_reference:
@@ -306,28 +313,44 @@ def save(document: dict[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run rows; 1 if some are left, 2 for bad input."""
-    parser = argparse.ArgumentParser(description="Few-shot Omniglot, against the reference implementations.")
+def arguments_of(description: str, minutes: float, part: str) -> argparse.ArgumentParser:
+    """A script's arguments; it works ``part`` by part."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="SOURCE/RECIPE; all when none is given")
     parser.add_argument("--data-root", type=Path, default=os.environ.get("METAFAST_DATA"), help="or METAFAST_DATA")
-    parser.add_argument("--minutes", type=float, default=27.0, help="no row is begun after so many")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"no {part} is begun after so many")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="leave the rows that are there and of the same recipe")
-    parser.add_argument("--reference", action="store_true", help="the reference beside every row, not one a learner")
-    parser.add_argument("--list", action="store_true", help="print the rows and their commands, run nothing")
-    options = parser.parse_args(arguments)
-    rows = options.rows or ROWS
-    if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"ROW: expected some of {', '.join(ROWS)}; got {', '.join(unknown)}")
-    if options.list:
-        print("\n".join(f"{row}: {command(row)}" for row in rows))
-        return 0
+    parser.add_argument("--resume", action="store_true", help=f"leave each {part} that is there and of the same recipe")
+    return parser
+
+
+def rows_of(parser: argparse.ArgumentParser, options: argparse.Namespace, known: list[str]) -> list[str]:
+    """The rows that are asked for; ends the script where there is no such row."""
+    if unknown := [row for row in options.rows if row not in known]:
+        parser.error(f"ROW: expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    return options.rows or known
+
+
+def begun(parser: argparse.ArgumentParser, options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The document to go on with, on this machine; ends the script where nobody said where the drawings are."""
     if options.data_root is None:
         parser.error("--data-root: expected the folder of Omniglot's files (or METAFAST_DATA)")
     torch.set_num_threads(options.threads)
-    document = load(RESULT) if options.rows or options.resume else {"rows": {}}
-    document |= {"machine": describe_machine(), "threads": options.threads}
+    document = load(path) if options.rows or options.resume else {"rows": {}}
+    return document | {"machine": describe_machine(), "threads": options.threads}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run rows; 1 if some are left, 2 for bad input."""
+    parser = arguments_of("Few-shot Omniglot, against the reference implementations.", 27.0, "row")
+    parser.add_argument("--reference", action="store_true", help="the reference beside every row, not one a learner")
+    parser.add_argument("--list", action="store_true", help="print the rows and their commands, run nothing")
+    options = parser.parse_args(arguments)
+    rows = rows_of(parser, options, ROWS)
+    if options.list:
+        print("\n".join(f"{row}: {command(row)}" for row in rows))
+        return 0
+    document = begun(parser, options, RESULT)
     done = document["rows"]
     began, left = time.monotonic(), []
     for number, row in enumerate(rows):

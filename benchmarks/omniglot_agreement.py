@@ -25,9 +25,7 @@ benchmarks/results/omniglot-agreement.json is written after every part. Exits wi
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -36,11 +34,10 @@ from typing import Any
 
 import omniglot
 import torch
-from omniglot import CPU, Reference, opened, recipe_of
+from omniglot import Reference, arguments_of, recipe_of
 from torch import Tensor, nn
 
-from metafast.bench.machine import describe_machine
-from metafast.cli.evaluation import recipe_to_test
+from metafast.checks.compare import flat_gradient, relative_error
 from metafast.cli.recipe import AnyLearner, Tasks
 from metafast.episodes import Episodes, Outcome
 
@@ -74,15 +71,13 @@ class Watched(Reference):
         if self.calls % self.every == 0:
             weights = list(self.learner.parameters())
             exact = torch.autograd.grad(self._outcome(episodes).loss, weights, materialize_grads=True)
-            apart = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            self.errors.append(_relative(apart, exact))
+            self.errors.append(relative_error(flat_gradient(weights), _flat(exact)))
         self.calls += 1
         return found
 
 
-def _relative(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    one, other = (torch.cat([t.detach().flatten() for t in side]) for side in (found, exact))
-    return float((one - other).norm() / other.norm())
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def nudged(learner: AnyLearner, seed: int) -> AnyLearner:
@@ -104,8 +99,10 @@ def weights_apart(first: nn.Module, second: nn.Module) -> float:
         for (conv, before), (_, after) in zip(module.named_children(), list(module.named_children())[1:])
         if isinstance(before, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
     }
-    one, other = ([weight for name, weight in side.named_parameters() if name not in idle] for side in (first, second))
-    return _relative(one, other)
+    one, other = (
+        _flat(weight for name, weight in side.named_parameters() if name not in idle) for side in (first, second)
+    )
+    return relative_error(one, other)
 
 
 class Row:
@@ -143,12 +140,8 @@ class Row:
         return [self._train(Tasks, functools.partial(nudged, seed=seed))[1] for seed in range(self.trainings)]
 
     def _train(self, kind: type[Tasks], by: Callable[[AnyLearner], Any]) -> tuple[AnyLearner, dict[str, Any]]:
-        recipe, root = self.recipe, self.root
-        assert recipe.source is not None
-        data = {split: opened(root, recipe.source, split) for split in ("train", "test")}
-        training = kind(recipe, test=False, root=root, device=CPU, data=data["train"])
-        unseen = kind(recipe_to_test(recipe), test=True, root=root, device=CPU, data=data["test"])
-        learner, found = omniglot.train_and_test(recipe, self.lengths, training, unseen, by)
+        tasks = omniglot.tasks_of(self.recipe, self.root, kind)
+        learner, found = omniglot.train_and_test(self.recipe, self.lengths, *tasks, by)
         return learner, {"accuracy": found["accuracy"]}  # nobody compares times here
 
 
@@ -171,22 +164,11 @@ def words(part: str, found: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts; 1 if some are left or do not agree, 2 for bad input."""
-    parser = argparse.ArgumentParser(description="Omniglot in float64 against the reference, and float32's own spread.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="one of omniglot.py's with a reference; all when none")
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("METAFAST_DATA"), help="or METAFAST_DATA")
-    parser.add_argument("--minutes", type=float, default=22.0, help="no part is begun after so many")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = arguments_of("Omniglot in float64 against the reference, and float32's own spread.", 22.0, "part")
     parser.add_argument("--trainings", type=int, default=TRAININGS, help="in float32")
-    parser.add_argument("--resume", action="store_true", help="leave the parts that are there")
     options = parser.parse_args(arguments)
-    rows = options.rows or ROWS
-    if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"ROW: expected some of {', '.join(ROWS)}; got {', '.join(unknown)}")
-    if options.data_root is None:
-        parser.error("--data-root: expected the folder of Omniglot's files (or METAFAST_DATA)")
-    torch.set_num_threads(options.threads)
-    document = omniglot.load(RESULT) if options.rows or options.resume else {"rows": {}}
-    document |= {"machine": describe_machine(), "threads": options.threads}
+    rows = omniglot.rows_of(parser, options, ROWS)
+    document = omniglot.begun(parser, options, RESULT)
     began, left = time.monotonic(), []
     for name in rows:
         row = Row(name, Path(options.data_root), options.trainings)

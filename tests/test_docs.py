@@ -113,6 +113,9 @@ def test_tables_are_of_the_committed_results() -> None:
     assert len(timed) > 5
     for side in timed:
         assert f"| {side['side']} | {1e3 * side['median_seconds']:.3g} ms" in filled
+    for peers in (ROOT / "benchmarks/results").glob("peers-*.json"):
+        for table in ("medians", "errors"):
+            assert f"<!-- table: {table} {peers.stem} -->" in text
     omniglot = json.loads((ROOT / "benchmarks/results/omniglot.json").read_text(encoding="utf-8"))
     assert omniglot["rows"]
     for row in omniglot["rows"].values():

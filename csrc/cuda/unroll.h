@@ -91,6 +91,14 @@ struct AllTasks {
   bool begun_ = false;
 };
 
+// Of logits as they are handed out, (T, samples, classes).
+template <class Real>
+void accuracy_of_logits(const Job<Real>& job, int64_t samples, int64_t classes, CUstream_st* stream) {
+  const Value plain{classes, 1, 1, 0, classes, classes, classes, 0};
+  accuracy<Real>(plain, job.tasks, samples, {job.logits, samples * classes}, job.query.labels, job.accuracy,
+                 stream);
+}
+
 template <class Real>
 class AllTasksHead {
  public:
@@ -144,10 +152,7 @@ class AllTasksHead {
     prototype_head(head_, between_, stream_);
     for_all("mean_of_parts", job_.tasks, 1, stream_,
             MeanOfParts<Real>{head_.sums, head_.parts, job_.tasks, head_.queries, job_.losses});
-    const int64_t ways = head_.ways;
-    const Value plain{ways, 1, 1, 0, ways, ways, ways, 0};
-    accuracy<Real>(plain, job_.tasks, head_.queries, {job_.logits, head_.queries * ways}, job_.query.labels,
-                   job_.accuracy, stream_);
+    accuracy_of_logits(job_, head_.queries, head_.ways, stream_);
   }
 
   // To the embeddings' cotangents, after forward.
