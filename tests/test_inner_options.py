@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 import metafast as mf
+from tests.backends import one_launch
 from tests.nets import build, episodes_for, gradient, relative_error
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -107,10 +109,9 @@ def test_query_weights_may_change() -> None:
     first = maml(episodes).loss
     maml.query_weights = (0.0, 1.0)
     assert maml(episodes).loss != first
-    # On a GPU the plain learner's is another kernel.
-    torch.testing.assert_close(
-        maml(episodes).losses, mf.MAML(model, lr=0.1, steps=2)(episodes).losses, rtol=1e-12, atol=0
-    )
+    # On a GPU the plain learner's is another kernel, of other roundings, where it may be.
+    with one_launch(False) if mf.current_backend() == "simt" else nullcontext():
+        assert torch.equal(maml(episodes).losses, mf.MAML(model, lr=0.1, steps=2)(episodes).losses)
 
 
 def test_adapt_steps_through_the_batches() -> None:

@@ -9,7 +9,7 @@ still, and all are where they are few bytes; else it is computed once more, with
 bytes are each value that it reads or writes, once, as if every value came from memory and none from a cache.
 
 Its launches are those of our kernels, each of them counted; on the emulator they are the same number
-(tests/test_bench.py). Not counted is what torch launches beside them: one to zero the workspace, a few for the loss,
+(tests/test_cost.py). Not counted is what torch launches beside them: one to zero the workspace, a few for the loss,
 and about two for each tensor of parameters, which is copied together and apart. Nor are matrix products by cuBLAS,
 which stand in for large ones of linear layers (csrc/batched_product.h), one or two and up to two launches to finish.
 

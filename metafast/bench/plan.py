@@ -1,7 +1,7 @@
 """What the CUDA engine makes of a chain of layers in float32: layers after fusion, and whether inner steps are kept.
 
 For :mod:`metafast.bench.cost`, which counts work where no extension need be there. It follows csrc/engine/build.cpp,
-fuse() to make_pass(), for networks in which each layer reads the one before; tests/test_bench.py holds it to the
+fuse() to make_pass(), for networks in which each layer reads the one before; tests/test_cost.py holds it to the
 engine by the launches of the emulator.
 """
 
@@ -61,17 +61,15 @@ class Layer:
     """A layer after fusion: ``lowered`` is its first part, ``result`` what its last part writes.
 
     Attributes:
-        relu: a linear layer with the ReLU after it.
         narrow: a linear layer of few outputs, whose biases' gradient is a launch of its own.
-        pooled: an affine batch norm with ReLU and, unless it is 1, a max-pool of so many pixels.
+        pooled: an affine batch norm with ReLU and, where one follows, a plain max-pool.
     """
 
     lowered: LoweredLayer
     source: Value
     result: Value
-    relu: bool = False
     narrow: bool = False
-    pooled: int = 0
+    pooled: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -163,13 +161,11 @@ def _fused(lowered: tuple[LoweredLayer, ...], source: Value) -> list[Layer]:
         layer = Layer(first, layers[-1].result if layers else source, Value(first.output))
         if first.kind == Kind.batch_norm and first.bias and kinds[:1] == [Kind.relu]:
             rest.pop(0)
-            layer.pooled = 1
+            layer.pooled = True
             if kinds[1:] == [Kind.max_pool] and _is_plain_pool(rest[0]):
-                layer.pooled = rest[0].kernel[0]
                 layer.result = Value(rest.pop(0).output)
         elif first.kind == Kind.linear and kinds == [Kind.relu, Kind.linear]:
             rest.pop(0)
-            layer.relu = True
         elif first.kind == Kind.linear:
             layer.narrow = bool(layers) and 4 * first.channels <= _LANES
         layers.append(layer)
