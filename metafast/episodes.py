@@ -102,9 +102,9 @@ class Episodes:
 
     def validate(self) -> None:
         """Check the contents; costs nothing while no tensor has changed since the last check."""
-        versions = _version_counters(self._tensors() + self._masks())
-        if versions is not None and versions == self._versions:
+        if self._versions is not None and self._versions == self._now():
             return
+        versions = _version_counters(self._tensors() + self._masks())
         check_set("support_x", self.support_x, "support_y", self.support_y, "support_mask", self.support_mask)
         check_set("query_x", self.query_x, "query_y", self.query_y, "query_mask", self.query_mask)
         for support, query in (("support_x", "query_x"), ("support_y", "query_y")):
@@ -246,6 +246,11 @@ class Episodes:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Episodes:
         masks = (None if mask is None else change(mask) for mask in (self.support_mask, self.query_mask))
         return Episodes(*map(change, self._tensors()), *masks)
+
+    def _now(self) -> tuple[int, ...]:
+        """The version counters, once it is known that there are such."""
+        versions = self.support_x._version, self.support_y._version, self.query_x._version, self.query_y._version
+        return versions + tuple(mask._version for mask in self._masks()) if self.masked else versions
 
     def _masks(self) -> tuple[Tensor, ...]:
         return tuple(mask for mask in (self.support_mask, self.query_mask) if mask is not None)

@@ -179,8 +179,8 @@ class LstmCell {
   // to (count, block) = a (count, k) z (k, block), rows of a lda apart.
   static void product(const Real* a, int64_t lda, int64_t count, const Real* z, int64_t k, Real* to) {
     const int64_t offset = 0;
-    multiply(nullptr, Walk{1, 1, count, 0, 0, 0, lda, 0, 0, 0, kBlock}, a,
-             Taps<Real>{1, &offset, &z, k, kBlock}, kBlock, Finish<Real>{}, to);
+    multiply<Real>(nullptr, Walk{1, 1, count, 0, 0, 0, lda, 0, 0, 0, kBlock}, a,
+                   Taps<Real>{1, &offset, &z, k, kBlock}, kBlock, nullptr, to);
   }
 
   void preprocess(Real* frame) const {

@@ -11,6 +11,7 @@
 #include "layers/flatten.h"
 #include "layers/group_norm.h"
 #include "layers/layer_norm.h"
+#include "layers/linear.h"
 #include "layers/linear_narrow.h"
 #include "layers/loss.h"
 #include "layers/max_pool.h"
@@ -22,6 +23,7 @@ template <class Real>
 inline const LayerFunctions<Real>& functions_of(Kind kind) {
   switch (kind) {
     case Kind::linear:
+      return kLinear<Real>;
     case Kind::conv2d:
       return kConv<Real>;
     case Kind::batch_norm:

@@ -16,15 +16,6 @@ namespace METAFAST_ISA {
 // Features of a sum before it is put aside: fewer roundings, and the means stay in the cache.
 constexpr int64_t kDepth = 256;
 
-template <class Real, int kVectors, bool kHalf>
-inline void add_square(Row<Real, kVectors, kHalf>& sum, Real x, const Row<Real, kVectors, kHalf>& from) {
-  constexpr int kWhole = Row<Real, kVectors, kHalf>::kWhole;
-  const auto add = [](auto& s, auto difference) { s += difference * difference; };
-#pragma GCC unroll 16
-  for (int v = 0; v < kWhole; ++v) add(sum.whole[v], x - from.whole[v]);
-  if constexpr (kHalf) add(sum.half, x - from.half);
-}
-
 template <class Real>
 struct Score {
   const Real* q;  // rows of `depth` features
@@ -35,55 +26,32 @@ struct Score {
   bool add;
 };
 
-template <class Real, int kRows, int kVectors, bool kHalf, bool kDifference>
-void score_tile(const Score<Real>& s) {
-  Row<Real, kVectors, kHalf> sum[kRows], factor;
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) sum[m].clear();
-  const Real* p = s.p;
-  for (int64_t d = 0; d < s.depth; ++d, p += s.p_row) {
-    factor.load_from(p);
-    const Real* const q = s.q + d;
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
+template <class Real, bool kDifference>
+struct ScoreTile {
+  template <int kRows, int kVectors, bool kHalf>
+  static void run(const Score<Real>& s) {
+    Sums<Real, kRows, kVectors, kHalf> sums;
+    Shared<Real, kVectors, kHalf> shared;
+    sums.clear();
+    const Real* p = s.p;
+    for (int64_t d = 0; d < s.depth; ++d, p += s.p_row) {
+      shared.load_from(p);
+      const Real* const q = s.q + d;
+      const auto scalar = [&](int m) { return q[m * s.q_row]; };
       if constexpr (kDifference) {
-        add_square(sum[m], q[m * s.q_row], factor);
+        sums.add_squares(scalar, shared);
       } else {
-        sum[m].add_product(q[m * s.q_row], factor);
+        sums.add_products(scalar, shared);
       }
     }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    if (s.add) {
-      factor.load_from(s.to + m * s.p_row);
-      sum[m].add_product(Real(1), factor);
-    }
-    sum[m].store_to(s.to + m * s.p_row);
-  }
-}
-
-// [last vector is half][vectors - 1][rows - 1], as Tiles.
-template <class Real, bool kDifference>
-struct ScoreTiles {
-  void (*of[2][kMostVectors][kMostRows])(const Score<Real>&) = {};
-
-  constexpr ScoreTiles() {
-    fill<1, 1, false>();
-    if constexpr (kGrain<Real> < kLanes<Real>) fill<1, 1, true>();
-  }
-  template <int kRows, int kVectors, bool kHalf>
-  constexpr void fill() {
-    of[kHalf][kVectors - 1][kRows - 1] = score_tile<Real, kRows, kVectors, kHalf, kDifference>;
-    if constexpr (kRows < most_rows(kVectors)) {
-      fill<kRows + 1, kVectors, kHalf>();
-    } else if constexpr (kVectors < kMostVectors) {
-      fill<1, kVectors + 1, kHalf>();
-    }
+    const auto row = [&](int m) { return s.to + m * s.p_row; };
+    if (s.add) sums.add_from(row);
+    sums.store_to(row);
   }
 };
+
 template <class Real, bool kDifference>
-constexpr ScoreTiles<Real, kDifference> kScoreTiles{};
+constexpr TilesOf<Real, void (*)(const Score<Real>&), ScoreTile<Real, kDifference>> kScoreTiles{};
 
 // to (rows, p_row) for q (rows, ...) and p (features, p_row), of which `columns` lanes are wanted.
 template <bool kDifference, class Real>
@@ -92,12 +60,12 @@ void score(const Real* q, int64_t q_row, int64_t rows, const Real* p, int64_t p_
   const Columns<Real> cut(columns);
   for (int64_t d = 0; d < features; d += kDepth) {
     const int64_t depth = features - d < kDepth ? features - d : kDepth;
-    for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+    for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
       const int across = cut.across(group);
       const auto& tiles_of = kScoreTiles<Real, kDifference>.of[cut.ends_half(group)][across - 1];
-      const int64_t tiles = parts_of(rows, most_rows(across));
-      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int high = part_size(rows, tiles, tile);
+      const Parts tiles(rows, kMostRowsOf.of[across]);
+      for (int64_t tile = 0, row = 0; tile < tiles.count; ++tile) {
+        const int high = tiles.of(tile);
         tiles_of[high - 1]({q + row * q_row + d, q_row, p + d * p_row + column, p_row, depth,
                             to + row * p_row + column, d > 0});
         row += high;
@@ -181,13 +149,13 @@ constexpr void (*kPullTiles[kPullRows])(const Pull<Real>&, int64_t) = {
 // rows of a and `to` stream.
 template <bool kDifference, class Real>
 void pull(const Pull<Real>& all, int64_t rows, int64_t columns, int64_t panel) {
-  const int64_t tiles = parts_of(rows, kPullRows);
+  const Parts tiles(rows, kPullRows);
   for (int64_t column = 0; column < columns; column += panel) {
     const int64_t wide = columns - column < panel ? columns - column : panel;
     Pull<Real> p = all;
     p.a += column, p.b += column, p.to += column;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int high = part_size(rows, tiles, tile);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int high = tiles.of(tile);
       kPullTiles<Real, kDifference>[high - 1](p, wide);
       p.a += high * p.a_row, p.w += high * p.w_row, p.to += high * p.to_row;
       if (p.self != nullptr) p.self += high;

@@ -7,6 +7,7 @@
 #include "build_info.h"  // written by setup.py: kBuildInfo, JSON
 #include "engine.h"
 #include "simt.h"
+#include "unchanged.h"
 
 #ifdef METAFAST_WITH_SIMT
 #include "../simt/emulator.h"
@@ -57,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] { return metafast::kBuildInfo; }, "What setup.py decided, as JSON.");
   m.def("isas", metafast::cpu::supported, "Instruction sets of this build that run here, ascending.");
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
+  m.def("entries_are", metafast::entries_are,
+        "metafast/engine/guard.py's question to a module's dictionaries.");
   m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
 
   m.def(

@@ -21,6 +21,8 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from metafast._native import native
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
     getattr(_torch_module, f"_global_{name}")
@@ -99,6 +101,8 @@ class Guard:
         self._known = frozenset(id(module) for _, module in named)
         self._modules = [module for _, module in named]
         self._types: list[type[nn.Module]] = [type(module) for module in self._modules]
+        extension = native()
+        self._entries_are = entries_are if extension is None else extension.entries_are
         # Flat, so that one pass in C looks at all: tables[i][keys[i]] is values[i].
         self._tables: list[dict[str, Any]] = []
         self._keys: list[str] = []
@@ -116,28 +120,30 @@ class Guard:
         self._forwards = list(map(_forward, self._classes))
         self._sizes = list(map(len, self._sized))
         self._orders = list(map(list, self._ordered))
-        self._kinds = [list(map(type, table.values())) for table in self._buffers]
+        self._kinds = list(map(_kinds, self._buffers))
         self._parameters = list(model.parameters())
         self._requires_grad = list(map(_requires_grad, self._parameters))
         self._frozen = [(p, p.shape) for p in self._parameters if not p.requires_grad]
 
     def holds(self) -> bool:
         """Whether nothing has changed that could change what the module computes."""
-        try:
-            same = all(map(is_, map(getitem, self._tables, self._keys), self._values))
-        except KeyError:
-            return False
         return (
-            same
-            and not any(self._must_be_empty)
-            and list(map(len, self._sized)) == self._sizes
+            self._entries_are(
+                self._tables,
+                self._keys,
+                self._values,
+                self._must_be_empty,
+                self._sized,
+                self._sizes,
+                self._ordered,
+                self._orders,
+            )
             and list(map(type, self._modules)) == self._types
             and list(map(_requires_grad, self._parameters)) == self._requires_grad
             and list(map(_forward, self._classes)) == self._forwards
-            and list(map(list, self._ordered)) == self._orders
-            and all(list(map(type, table.values())) == kinds for table, kinds in zip(self._buffers, self._kinds))
-            and all(p.shape == shape for p, shape in self._frozen)
-            and all(_same(value, snapshot, self._known) for value, snapshot in self._snapshots)
+            and (not self._buffers or list(map(_kinds, self._buffers)) == self._kinds)
+            and (not self._frozen or all(p.shape == shape for p, shape in self._frozen))
+            and (not self._snapshots or all(_same(value, shot, self._known) for value, shot in self._snapshots))
         )
 
     def _record(self, label: str, module: nn.Module) -> None:
@@ -180,6 +186,28 @@ class Guard:
             self._sized.append(table)
         else:
             self._must_be_empty.append(table)
+
+
+def entries_are(
+    tables: list[dict[str, Any]],
+    keys: list[str],
+    values: list[object],
+    empty: list[dict[Any, Any]],
+    sized: list[dict[str, Any]],
+    sizes: list[int],
+    ordered: list[dict[str, Any]],
+    orders: list[list[str]],
+) -> bool:
+    """Whether dictionaries are as they were: csrc/torch/unchanged.h, for where there is no extension."""
+    try:
+        same = all(map(is_, map(getitem, tables, keys), values))
+    except KeyError:
+        return False
+    return same and not any(empty) and list(map(len, sized)) == sizes and list(map(list, ordered)) == orders
+
+
+def _kinds(table: dict[str, Any]) -> list[type]:
+    return list(map(type, table.values()))
 
 
 _requires_grad = attrgetter("requires_grad")

@@ -215,17 +215,18 @@ class GradientLearner(Learner):
         """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, or an LSTM's."""
         if weights is not None and weights.requires_grad:
             return None
-        optimizer = self.rule.plain_optimizer()
-        rates = self.rule.plain_rates(self.steps, episodes.support_x.dtype)
+        rule = self.rule  # nn.Module looks for it a while
+        optimizer = rule.plain_optimizer()
+        rates = rule.plain_rates(self.steps, episodes.support_x.dtype)
         if rates is None:
             return None
         return Inner(
             self.steps,
             rates,
             self.first_order,
-            self.support_batch,
-            self.query_weights,
-            self.truncate,
+            self._support_batch,
+            self._query_weights,
+            self._truncate,
             self.learn_init,
             optimizer,
         )
@@ -234,12 +235,11 @@ class GradientLearner(Learner):
         """The native network for the episodes, if there is one; raises where they do not fit."""
         if not isinstance(episodes, Episodes):
             raise TypeError(f"episodes: expected metafast.Episodes, got {_check.describe(episodes)}")
-        episodes.validate()
+        signature = (episodes.signature, self._support_batch)  # validates them
         if weights is not None:
             check_weights(weights, episodes, self._task.dtype)
-        check_batch(self.support_batch, "support_x", episodes.support_x.shape[1])
+        check_batch(self._support_batch, "support_x", episodes.support_x.shape[1])
         self._check_query_weights()
-        signature = (episodes.signature, self.support_batch)
         network = self._task.native.known(signature)
         if network is not None:
             return network

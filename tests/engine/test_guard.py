@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import metafast as mf
+from metafast import _native
 from metafast.engine.batch_norm import policy
 from metafast.engine.guard import Guard, NotLowered
 
@@ -83,6 +84,15 @@ CHANGES: dict[str, Callable[[Net], object]] = {
     "partial": lambda m: m.act.keywords.update(negative_slope=0.5),
     "opaque": lambda m: m.table.update(act=torch.zeros(1)),
 }
+
+
+@pytest.fixture(autouse=True, params=["extension", "python"])
+def _who_asks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dictionaries are looked at by the extension, or where there is none by Python."""
+    if request.param == "python":
+        monkeypatch.setattr("metafast.engine.guard.native", lambda: None)
+    elif not _native.status().available:
+        pytest.skip(f"no extension: {_native.status().reason}")
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -1,4 +1,4 @@
-// Linear and two-dimensional convolution layers: a linear one is a convolution of kernel 1 on one pixel.
+// Two-dimensional convolution layers.
 //
 //   y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, i s + u - p, j s + v - p, c] w[u, v, c, o]
 //
@@ -6,12 +6,10 @@
 //   fwd    y            bwd   dw (db) from x and dy; dx from dy and w
 //   tfwd   ty = x*tw + tx*w + tb
 //   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
-// A linear layer may have a ReLU's part (program.h, `relu` and `gated`): y = max(0, .), ty = 0 where y is 0;
-// dx = tdx = 0 where x is. Where only a batch normalisation reads y, which takes out what b adds, db = tdb =
-// 0. The borders of x hold the zeros that padding means, those of dy the zeros beyond its edges; program.cpp
-// makes them wide enough. saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of
-// y][pixel of x], where dx is wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by
-// tests/engine/test_layers.py.
+// Where only a batch normalisation reads y, which takes out what b adds, db = tdb = 0. The borders of x hold
+// the zeros that padding means, those of dy the zeros beyond its edges; program.cpp makes them wide enough.
+// saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of y][pixel of x], where dx is
+// wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by tests/engine/test_layers.py.
 #pragma once
 
 #include "call.h"
@@ -76,8 +74,8 @@ void conv_input_gradient(const Call<Real>& c, const Real* dy, const Real* wt, co
                       l.stride_h * in.row,
                       l.stride_w * in.pixel};
       // With no tap (a stride beyond the kernel) this writes the zeros.
-      multiply(c.team, walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
-               Finish<Real>{nullptr, false, l.gated ? c.x : nullptr}, dx);
+      multiply<Real>(c.team, walk, dy, Taps<Real>{taps, offset, b, out.c, in.pixel}, lanes_of<Real>(in.c),
+                     nullptr, dx);
     }
   }
 }
@@ -116,9 +114,8 @@ void conv_fwd(const Call<Real>& c) {
     offset[t] = l.reads[t * in.c];
     b[t] = c.w + t * block;
   }
-  multiply(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
-           lanes_of<Real>(out.c), Finish<Real>{l.bias ? c.w + taps * block : nullptr, l.relu != 0, nullptr},
-           c.y);
+  multiply<Real>(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+                 lanes_of<Real>(out.c), l.bias ? c.w + taps * block : nullptr, c.y);
 }
 
 template <class Real>
@@ -146,9 +143,8 @@ void conv_tfwd(const Call<Real>& c) {
     offset[t] = l.reads[tap * in.c] + (second ? c.tx - c.x : 0);
     b[t] = (second ? c.w : c.tw) + tap * block;
   }
-  multiply(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
-           lanes_of<Real>(out.c),
-           Finish<Real>{l.bias ? c.tw + kernel * block : nullptr, false, l.relu ? c.y : nullptr}, c.ty);
+  multiply<Real>(c.team, conv_walk(l, in, out, c.samples), c.x, Taps<Real>{taps, offset, b, in.c, out.pixel},
+                 lanes_of<Real>(out.c), l.bias ? c.tw + kernel * block : nullptr, c.ty);
 }
 
 template <class Real>

@@ -1,7 +1,7 @@
-// The two matrix products that linear and convolution layers are made of, on rows that lie anywhere.
+// The two matrix products that convolution layers are made of, on rows that lie anywhere.
 //
-//   multiply   c[q, :] = bias + sum_t sum_k a[q + offset_t + k] * b_t[k, :]   forward, input gradient,
-//   tangents outer      d[m, :] = sum_q a[q + offset_m] * g[q, :] (+ a1, g1 likewise)   weight gradient
+//   multiply   c[q, :] = bias + sum_t sum_k a[q + offset_t + k] * b_t[k, :]         forward, input gradient
+//   outer      d[m, :] = sum_q a[q + offset_m] * g[q, :] (+ a1, g1 likewise)        weight gradient
 //
 // q walks over pixels of several samples, in two values at once. A register tile holds `rows` x `vectors`
 // accumulators; scalars of a are broadcast, so that a may have any strides; rows of b, c, d, g are whole
@@ -10,6 +10,7 @@
 
 #include "simd.h"
 #include "split.h"
+#include "sums.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -58,21 +59,32 @@ struct Cursor {
   }
 };
 
-// How many vectors a tile has across: few enough that enough rows fit besides.
-constexpr int kMostVectors = kAccumulators >= 24 ? 4 : 2;
-constexpr int kMostRows = 12;
-constexpr int most_rows(int vectors) {
-  return kAccumulators / vectors < kMostRows ? kAccumulators / vectors : kMostRows;
-}
+// As a table: a division would take as long as a small product's row.
+struct MostRows {
+  int of[kMostVectors + 1] = {};
+  constexpr MostRows() {
+    for (int v = 1; v <= kMostVectors; ++v) of[v] = most_rows(v);
+  }
+};
+constexpr MostRows kMostRowsOf{};
 
-// Splits `whole` into the fewest parts of at most `most`, as even as can be: the size of part number `index`.
-inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
-inline int part_size(int64_t whole, int64_t parts, int64_t index) {
-  return int(whole / parts + (index < whole % parts ? 1 : 0));
-}
-inline int64_t part_begin(int64_t whole, int64_t parts, int64_t index) {
-  return whole / parts * index + std::min(index, whole % parts);
-}
+// `whole` in the fewest parts of at most `most`, as even as can be: the first `larger` have one more than
+// `size`. Without divisions for the few parts of small products.
+struct Parts {
+  int64_t count, size, larger;
+
+  Parts(int64_t whole, int64_t most) {
+    if (whole <= most) {
+      count = whole > 0 ? 1 : 0, size = whole, larger = 0;
+    } else if (whole <= 2 * most) {
+      count = 2, size = whole >> 1, larger = whole & 1;
+    } else {
+      count = (whole + most - 1) / most, size = whole / count, larger = whole % count;
+    }
+  }
+  int of(int64_t index) const { return int(size + (index < larger ? 1 : 0)); }
+  int64_t begin(int64_t index) const { return size * index + std::min(index, larger); }
+};
 
 template <class Real>
 struct Taps {
@@ -82,197 +94,117 @@ struct Taps {
   int64_t k, ldb;
 };
 
-// What is done to a sum before it is stored: max(0, .), or 0 where `gate`, which lies as c does, is not above
-// 0. With these a ReLU costs nothing.
-template <class Real>
-struct Finish {
-  const Real* bias;  // what the sums start from, null: 0
-  bool relu;
-  const Real* gate;
-};
-
 // The second pair of factors of an outer product, as far from the first; without one `pairs` is 1.
 struct Second {
   int64_t pairs, a, g;
 };
 
-// A row of a tile: kVectors vectors, of which the last is half of one where kHalf.
-template <class Real, int kVectors, bool kHalf>
-struct Row {
-  using V = Vec<Real>;
-  using G = typename Simd<Real>::Grain;
-  static constexpr int kWhole = kVectors - (kHalf ? 1 : 0);
-  V whole[kWhole > 0 ? kWhole : 1];
-  G half;
-
-  inline void load_from(const Real* p) {
+template <class Real>
+struct MultiplyTile {
+  template <int kRows, int kVectors, bool kHalf>
+  static void run(const Real* const* a, const Taps<Real>& taps, int64_t column, const Real* bias,
+                  Real* const* c) {
+    Sums<Real, kRows, kVectors, kHalf> sums;
+    Shared<Real, kVectors, kHalf> shared;
+    const Real* row[kRows];
 #pragma GCC unroll 16
-    for (int v = 0; v < kWhole; ++v) whole[v] = load(p + v * kLanes<Real>);
-    if constexpr (kHalf)
-      half = *reinterpret_cast<const typename Simd<Real>::UnalignedGrain*>(p + kWhole * kLanes<Real>);
-  }
-  inline void clear() {
-#pragma GCC unroll 16
-    for (int v = 0; v < kWhole; ++v) whole[v] = V{};
-    if constexpr (kHalf) half = G{};
-  }
-  inline void store_to(Real* p) const {
-#pragma GCC unroll 16
-    for (int v = 0; v < kWhole; ++v) store(p + v * kLanes<Real>, whole[v]);
-    if constexpr (kHalf)
-      *reinterpret_cast<typename Simd<Real>::UnalignedGrain*>(p + kWhole * kLanes<Real>) = half;
-  }
-  // Zero where `gate` is <= 0: where it is NaN, things stay as they are.
-  inline void close(const Row& gate) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kWhole; ++v) whole[v] = gate.whole[v] <= V{} ? V{} : whole[v];
-    if constexpr (kHalf) half = gate.half <= G{} ? G{} : half;
-  }
-  inline void add_product(Real x, const Row& factor) {
-    if constexpr (kWhole > 0) {
-      const V s = splat(x);
-#pragma GCC unroll 16
-      for (int v = 0; v < kWhole; ++v) whole[v] += s * factor.whole[v];
-      if constexpr (kHalf) half += low_half(s) * factor.half;
+    for (int m = 0; m < kRows; ++m) row[m] = a[m];
+    if (bias == nullptr) {
+      sums.clear();
     } else {
-      half += (x - G{}) * factor.half;
+      bias += column;
+      sums.load_from([bias](int) { return bias; });
     }
+    for (int64_t t = 0; t < taps.count; ++t) {
+      const Real* b = taps.b[t] + column;
+      const int64_t begin = taps.offset[t], end = begin + taps.k;
+      for (int64_t k = begin; k < end; ++k, b += taps.ldb) {
+        shared.load_from(b);
+        sums.add_products([&](int m) { return row[m][k]; }, shared);
+      }
+    }
+    sums.store_to([&](int m) { return c[m] + column; });
   }
 };
 
-template <class Real, int kRows, int kVectors, bool kHalf>
-void multiply_tile(const Real* const* a, const Taps<Real>& taps, int64_t column, const Finish<Real>& finish,
-                   const Real* base, Real* const* c) {
-  Row<Real, kVectors, kHalf> sum[kRows], factor;
-  const Real* row[kRows];
+template <class Real>
+struct OuterTile {
+  template <int kRows, int kVectors, bool kHalf>
+  static void run(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, const Second& second,
+                  Real* d, int64_t ldd, bool add) {
+    Sums<Real, kRows, kVectors, kHalf> sums;
+    Shared<Real, kVectors, kHalf> shared;
+    int64_t at[kRows];
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    row[m] = a[m];
-    if (finish.bias == nullptr) {
-      sum[m].clear();
-    } else {
-      sum[m].load_from(finish.bias + column);
-    }
-  }
-  for (int64_t t = 0; t < taps.count; ++t) {
-    const Real* b = taps.b[t] + column;
-    const int64_t begin = taps.offset[t], end = begin + taps.k;
-    for (int64_t k = begin; k < end; ++k, b += taps.ldb) {
-      factor.load_from(b);
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) sum[m].add_product(row[m][k], factor);
-    }
-  }
-  if (finish.relu) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) sum[m].close(sum[m]);
-  } else if (finish.gate != nullptr) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      factor.load_from(finish.gate + (c[m] - base) + column);
-      sum[m].close(factor);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) sum[m].store_to(c[m] + column);
-}
-
-template <class Real, int kRows, int kVectors, bool kHalf>
-void outer_tile(const Real* a, const int64_t* offset, const Real* g, const Walk& walk, const Second& second,
-                Real* d, int64_t ldd, bool add) {
-  Row<Real, kVectors, kHalf> sum[kRows], factor;
-  int64_t at[kRows];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-    at[m] = offset[m];
+    for (int m = 0; m < kRows; ++m) at[m] = offset[m];
+    const auto row = [&](int m) { return d + m * ldd; };
     if (add) {
-      sum[m].load_from(d + m * ldd);
+      sums.load_from(row);
     } else {
-      sum[m].clear();
+      sums.clear();
     }
-  }
-  for (int64_t pair = 0; pair < second.pairs; ++pair, a += second.a, g += second.g) {
-    for (int64_t n = 0; n < walk.samples; ++n) {
-      for (int64_t i = 0; i < walk.h; ++i) {
-        const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
-        const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
-        for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
-          factor.load_from(y);
-#pragma GCC unroll 16
-          for (int m = 0; m < kRows; ++m) sum[m].add_product(x[at[m]], factor);
+    for (int64_t pair = 0; pair < second.pairs; ++pair, a += second.a, g += second.g) {
+      for (int64_t n = 0; n < walk.samples; ++n) {
+        for (int64_t i = 0; i < walk.h; ++i) {
+          const Real* x = a + walk.from_origin + n * walk.from_sample + i * walk.from_row;
+          const Real* y = g + walk.to_origin + n * walk.to_sample + i * walk.to_row;
+          for (int64_t j = 0; j < walk.w; ++j, x += walk.from_pixel, y += walk.to_pixel) {
+            shared.load_from(y);
+            sums.add_products([&](int m) { return x[at[m]]; }, shared);
+          }
         }
       }
     }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) sum[m].store_to(d + m * ldd);
-}
-
-// The tiles of all shapes: [last vector is half][vectors - 1][rows - 1], null where they would not fit in
-// registers.
-template <class Real>
-struct Tiles {
-  using Multiply = void (*)(const Real* const*, const Taps<Real>&, int64_t, const Finish<Real>&, const Real*,
-                            Real* const*);
-  using Outer = void (*)(const Real*, const int64_t*, const Real*, const Walk&, const Second&, Real*, int64_t,
-                         bool);
-  Multiply multiply[2][kMostVectors][kMostRows] = {};
-  Outer outer[2][kMostVectors][kMostRows] = {};
-
-  constexpr Tiles() {
-    fill<1, 1, false>();
-    if constexpr (kGrain<Real> < kLanes<Real>) fill<1, 1, true>();
-  }
-  template <int kRows, int kVectors, bool kHalf>
-  constexpr void fill() {
-    multiply[kHalf][kVectors - 1][kRows - 1] = multiply_tile<Real, kRows, kVectors, kHalf>;
-    outer[kHalf][kVectors - 1][kRows - 1] = outer_tile<Real, kRows, kVectors, kHalf>;
-    if constexpr (kRows < most_rows(kVectors)) {
-      fill<kRows + 1, kVectors, kHalf>();
-    } else if constexpr (kVectors < kMostVectors) {
-      fill<1, kVectors + 1, kHalf>();
-    }
+    sums.store_to(row);
   }
 };
+
 template <class Real>
-constexpr Tiles<Real> kTiles{};
+constexpr TilesOf<Real, void (*)(const Real* const*, const Taps<Real>&, int64_t, const Real*, Real* const*),
+                  MultiplyTile<Real>>
+    kMultiplyTiles{};
+template <class Real>
+constexpr TilesOf<Real,
+                  void (*)(const Real*, const int64_t*, const Real*, const Walk&, const Second&, Real*,
+                           int64_t, bool),
+                  OuterTile<Real>>
+    kOuterTiles{};
 
 // How columns are cut into groups of vectors, the last of which may end in a half one.
 template <class Real>
 struct Columns {
-  int64_t vectors, groups;
+  Parts groups;
   bool half;
   explicit Columns(int64_t columns)
-      : vectors((columns + kLanes<Real> - 1) / kLanes<Real>),
-        groups(parts_of(vectors, kMostVectors)),
+      : groups((columns + kLanes<Real> - 1) / kLanes<Real>, kMostVectors),
         half(columns % kLanes<Real> != 0) {}
-  int across(int64_t group) const { return part_size(vectors, groups, group); }
-  bool ends_half(int64_t group) const { return half && group == groups - 1; }
+  int across(int64_t group) const { return groups.of(group); }
+  bool ends_half(int64_t group) const { return half && group == groups.count - 1; }
 };
 
 // c at walk.to, `columns` lanes of each pixel; a at walk.from.
 template <class Real>
 void multiply(const Team* team, const Walk& where, const Real* a, const Taps<Real>& taps, int64_t columns,
-              const Finish<Real>& finish, Real* c) {
+              const Real* bias, Real* c) {
   const Walk walk = where.collapsed();
   const Columns<Real> cut(columns);
   const int64_t pixels = walk.count();
   const double work = 2.0 * double(pixels) * double(taps.count * taps.k) * double(columns);
-  for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+  for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
     const int across = cut.across(group);
-    const auto& tiles_of = kTiles<Real>.multiply[cut.ends_half(group)][across - 1];
-    const int64_t tiles = parts_of(pixels, most_rows(across));
-    in_parts(team, tiles, work / double(cut.groups), [&](int64_t begin, int64_t end) {
-      Cursor cursor(walk, begin == 0 ? 0 : part_begin(pixels, tiles, begin));
+    const auto& tiles_of = kMultiplyTiles<Real>.of[cut.ends_half(group)][across - 1];
+    const Parts tiles(pixels, kMostRowsOf.of[across]);
+    in_parts(team, tiles.count, work / double(cut.groups.count), [&](int64_t begin, int64_t end) {
+      Cursor cursor(walk, tiles.begin(begin));
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int rows = part_size(pixels, tiles, tile);
+        const int rows = tiles.of(tile);
         const Real* from[kMostRows];
         Real* to[kMostRows];
         for (int m = 0; m < rows; ++m, cursor.next()) {
           from[m] = a + cursor.from;
           to[m] = c + cursor.to;
         }
-        tiles_of[rows - 1](from, taps, column, finish, c, to);
+        tiles_of[rows - 1](from, taps, column, bias, to);
       }
     });
     column += across * kLanes<Real>;
@@ -289,24 +221,27 @@ void outer(const Team* team, const Walk& pixels, const Real* a, const int64_t* o
   constexpr int64_t kBlockBytes = 256 * 1024;
   const Walk walk = pixels.collapsed();
   const int64_t bytes = walk.h * walk.w * (walk.from_pixel + walk.to_pixel) * int64_t(sizeof(Real));
-  const int64_t fit = bytes > kBlockBytes ? 1 : kBlockBytes / bytes;
-  const int64_t blocks = parts_of(walk.samples, fit);
+  const int64_t fit = bytes * walk.samples <= kBlockBytes ? walk.samples
+                      : bytes > kBlockBytes               ? 1
+                                                          : kBlockBytes / bytes;
+  const Parts blocks(walk.samples, fit);
   const Columns<Real> cut(columns);
   // Tiles high, for columns that are all but the last kMostVectors vectors wide.
-  const int64_t most_tiles = parts_of(rows, most_rows(kMostVectors));
+  const int64_t most_tiles = Parts(rows, most_rows(kMostVectors)).count;
   const double work = 2.0 * double(second.pairs * walk.count()) * double(rows * columns);
   in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
     Walk block = walk;
-    for (int64_t b = 0; b < blocks; ++b) {
-      block.samples = part_size(walk.samples, blocks, b);
-      for (int64_t group = 0, column = 0; group < cut.groups; ++group) {
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      block.samples = blocks.of(b);
+      for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
         const int across = cut.across(group);
-        const auto& tiles_of = kTiles<Real>.outer[cut.ends_half(group)][across - 1];
-        const int64_t tiles = parts_of(rows, most_rows(across));
-        const int64_t first = tiles * begin / most_tiles, last = tiles * end / most_tiles;
-        int64_t row = first == 0 ? 0 : part_begin(rows, tiles, first);
+        const auto& tiles_of = kOuterTiles<Real>.of[cut.ends_half(group)][across - 1];
+        const Parts tiles(rows, kMostRowsOf.of[across]);
+        const int64_t first = begin == 0 ? 0 : tiles.count * begin / most_tiles;
+        const int64_t last = end == most_tiles ? tiles.count : tiles.count * end / most_tiles;
+        int64_t row = tiles.begin(first);
         for (int64_t tile = first; tile < last; ++tile) {
-          const int high = part_size(rows, tiles, tile);
+          const int high = tiles.of(tile);
           tiles_of[high - 1](a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
                              add || b > 0);
           row += high;
@@ -391,26 +326,41 @@ inline void transpose_block(Block<double>::Row* r) {
   exchange(2, 3, Mask{0, 4, 2, 6}, Mask{1, 5, 3, 7});
 }
 
-template <class Real>
-void transpose(const Real* a, int64_t rows, int64_t columns, int64_t lda, Real* b, int64_t ldb) {
+// One block: `high` of its rows are there, the first `wide` of its columns wanted.
+template <class Real, bool kWhole>
+inline void transpose_block_at(const Real* a, int64_t lda, int64_t high, int64_t wide, Real* b, int64_t ldb) {
   using B = Block<Real>;
   using Row = typename B::Row;
   constexpr int kSide = B::kSide;
+  Row block[kSide];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSide; ++i) {
+    block[i] = kWhole || i < high ? *reinterpret_cast<const typename B::Memory*>(a + i * lda) : Row{};
+  }
+  transpose_block(block);
+  // Not a loop up to the last column: a variable bound would put the block into memory.
+#pragma GCC unroll 8
+  for (int i = 0; i < kSide; ++i) {
+    if (kWhole || i < wide) *reinterpret_cast<typename B::Memory*>(b + i * ldb) = block[i];
+  }
+}
+
+template <class Real>
+void transpose(const Real* a, int64_t rows, int64_t columns, int64_t lda, Real* b, int64_t ldb) {
+  constexpr int kSide = Block<Real>::kSide;
+  const int64_t whole = columns / kSide * kSide;
   for (int64_t r = 0; r < ldb; r += kSide) {
     const int64_t high = rows - r;
-    for (int64_t c = 0; c < columns; c += kSide) {
-      Row block[kSide];
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) {
-        block[i] = i < high ? *reinterpret_cast<const typename B::Memory*>(a + (r + i) * lda + c) : Row{};
-      }
-      transpose_block(block);
-      // Not a loop up to the last column: a variable bound would put the block into memory.
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) {
-        if (c + i < columns) *reinterpret_cast<typename B::Memory*>(b + (c + i) * ldb + r) = block[i];
-      }
+    int64_t c = 0;
+    if (high >= kSide) {
+      for (; c < whole; c += kSide)
+        transpose_block_at<Real, true>(a + r * lda + c, lda, high, kSide, b + c * ldb + r, ldb);
+    } else if (high <= 0) {
+      for (; c < columns; ++c)
+        *reinterpret_cast<typename Block<Real>::Memory*>(b + c * ldb + r) = typename Block<Real>::Row{};
     }
+    for (; c < columns; c += kSide)
+      transpose_block_at<Real, false>(a + r * lda + c, lda, high, columns - c, b + c * ldb + r, ldb);
   }
 }
 #else

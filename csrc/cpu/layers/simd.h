@@ -7,6 +7,10 @@
 #error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
 #endif
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 namespace metafast::cpu {
@@ -74,10 +78,39 @@ inline Vec<Real> splat(Real x) {
   return x - Vec<Real>{};
 }
 #if defined(__AVX512F__)
-inline Simd<float>::Grain low_half(Vec<float> v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+// Halves of vectors.
+template <class Real>
+using Half = typename Simd<Real>::Grain;
+template <class Real>
+inline Half<Real> load_half(const Real* p) {
+  return *reinterpret_cast<const typename Simd<Real>::UnalignedGrain*>(p);
 }
-inline Simd<double>::Grain low_half(Vec<double> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+template <class Real>
+inline void store_half(Real* p, Half<Real> v) {
+  *reinterpret_cast<typename Simd<Real>::UnalignedGrain*>(p) = v;
+}
+inline Half<float> low_half(Vec<float> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline Half<double> low_half(Vec<double> v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+inline Half<float> high_half(Vec<float> v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+inline Half<double> high_half(Vec<double> v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+template <class Real>
+inline Vec<Real> join_halves(Half<Real> low, Half<Real> high) {
+  if constexpr (sizeof(Real) == 4) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  } else {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+}
+// The high half of one, the low half of another; and a half twice. By instructions that need no shuffle where
+// the compiler would put two.
+inline Vec<float> high_from(Vec<float> high, Vec<float> low) { return _mm512_mask_mov_ps(low, 0xff00, high); }
+inline Vec<double> high_from(Vec<double> high, Vec<double> low) {
+  return _mm512_mask_mov_pd(low, 0xf0, high);
+}
+inline Vec<float> twice(const float* p) { return _mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(p)); }
+inline Vec<double> twice(const double* p) { return _mm512_maskz_broadcast_f64x4(0xff, _mm256_loadu_pd(p)); }
 #endif
 // a where the condition (a comparison of vectors) holds, else b.
 template <class V, class M>

@@ -175,8 +175,8 @@ struct WinogradCall {
       : c(call),
         in(*call.in),
         out(*call.out),
-        across(parts_of(out.w, kWinogradTile)),
-        each(parts_of(out.h, kWinogradTile) * across),
+        across((out.w + kWinogradTile - 1) / kWinogradTile),
+        each((out.h + kWinogradTile - 1) / kWinogradTile * across),
         tiles(each * call.samples),
         in_part(call.layer->block * in.pixel + kPad),
         out_part(call.layer->block * out.pixel + kPad),
@@ -199,9 +199,9 @@ struct WinogradCall {
   // visit(first, count) for blocks of tiles, which are as even as can be.
   template <class Visit>
   void for_each_block(const Visit& visit) const {
-    const int64_t blocks = parts_of(tiles, c.layer->block);
-    for (int64_t b = 0, first = 0; b < blocks; ++b) {
-      const int count = part_size(tiles, blocks, b);
+    const Parts blocks(tiles, c.layer->block);
+    for (int64_t b = 0, first = 0; b < blocks.count; ++b) {
+      const int count = blocks.of(b);
       visit(first, count);
       first += count;
     }
@@ -363,8 +363,9 @@ struct WinogradCall {
     for_each_part((u1 == nullptr ? 1 : 2) * double(count * from * to), [&](int64_t part) {
       const int64_t offset[2] = {0, u1 == nullptr ? 0 : u1 - u};
       const Real* const b[2] = {w + part * weights_part, u1 == nullptr ? nullptr : w1 + part * weights_part};
-      multiply(nullptr, walk, u + part * from_part, Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to},
-               to, Finish<Real>{}, m + part * to_part);
+      multiply<Real>(nullptr, walk, u + part * from_part,
+                     Taps<Real>{u1 == nullptr ? 1 : 2, offset, b, from_c, to}, to, nullptr,
+                     m + part * to_part);
     });
   }
   // visit(component), of which each takes `work` multiplications.

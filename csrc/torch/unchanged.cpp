@@ -1,0 +1,52 @@
+#include "unchanged.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace metafast {
+namespace {
+
+namespace py = pybind11;
+
+// Without counting references, of lists that stand still.
+PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+
+// A borrowed reference, null where there is no such key.
+PyObject* entry(PyObject* table, PyObject* key) {
+  PyObject* const found = PyDict_GetItemWithError(table, key);
+  if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return found;
+}
+
+bool has_keys(PyObject* table, PyObject* keys) {
+  if (PyDict_Size(table) != PyList_GET_SIZE(keys)) return false;
+  Py_ssize_t position = 0, i = 0;
+  for (PyObject* key = nullptr; PyDict_Next(table, &position, &key, nullptr) != 0; ++i) {
+    const int equal = PyObject_RichCompareBool(key, PyList_GET_ITEM(keys, i), Py_EQ);
+    if (equal < 0) throw py::error_already_set();
+    if (equal == 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool entries_are(const py::list& tables, const py::list& keys, const py::list& values, const py::list& empty,
+                 const py::list& sized, const py::list& sizes, const py::list& ordered,
+                 const py::list& orders) {
+  const auto count = [](const py::list& list) { return PyList_GET_SIZE(list.ptr()); };
+  for (Py_ssize_t i = 0; i < count(tables); ++i) {
+    if (entry(item(tables, i), item(keys, i)) != item(values, i)) return false;
+  }
+  for (Py_ssize_t i = 0; i < count(empty); ++i) {
+    if (PyDict_Size(item(empty, i)) != 0) return false;
+  }
+  for (Py_ssize_t i = 0; i < count(sized); ++i) {
+    if (PyDict_Size(item(sized, i)) != PyLong_AsSsize_t(item(sizes, i))) return false;
+  }
+  for (Py_ssize_t i = 0; i < count(ordered); ++i) {
+    if (!has_keys(item(ordered, i), item(orders, i))) return false;
+  }
+  return true;
+}
+
+}  // namespace metafast
