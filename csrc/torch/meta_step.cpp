@@ -46,9 +46,11 @@ struct Once : torch::autograd::Function<Once> {
   }
 };
 
-// factor * t by hand: torch's product of a long tensor would wake OpenMP's threads, which then look for more
-// work for milliseconds on the cores that the next meta-step wants.
+// factor * t, on the CPU by hand: torch's product of a long tensor would wake OpenMP's threads, which then
+// look for more work for milliseconds on the cores that the next meta-step wants; that of a short one takes
+// longer than its numbers.
 Tensor scaled(const Tensor& t, const Tensor& factor) {
+  if (!t.is_cpu()) return at::mul(t, factor);
   Tensor result;
   with_real(t.scalar_type(), [&](auto real) {
     using Real = decltype(real);
@@ -136,7 +138,7 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
                                  of_rates);
     };
     if (d_loss.defined() || d_losses.defined()) {
-      Tensor each = d_loss.defined() ? at::mul(weights, d_loss) : d_losses;
+      Tensor each = d_loss.defined() ? scaled(weights, d_loss) : d_losses;
       if (d_loss.defined() && d_losses.defined()) each = at::add(each, d_losses);
       const bool summed = gradient.dim() == 1;
       if (summed && d_losses.defined()) {

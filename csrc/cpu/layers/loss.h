@@ -1,8 +1,7 @@
 // Losses of one task, over N samples of D outputs f (features), and their derivatives.
 //
-//   cross_entropy   mean_n -log softmax(f_n)[y_n]        df = (softmax - onehot) / N    tdf = s (tf - <s,
-//   tf>) / N mse             mean over all N D of (f - y)^2       df = 2 (f - y) / (N D)         tdf = 2 tf /
-//   (N D)
+//   cross_entropy  mean_n -log softmax(f_n)[y_n]   df = (softmax - onehot) / N  tdf = s (tf - <s, tf>) / N
+//   mse            mean over all N D of (f - y)^2  df = 2 (f - y) / (N D)       tdf = 2 tf / (N D)
 //
 // Overwrite df, tdf, zero in lanes D.. of each pixel. Tested by tests/engine/test_layers.py.
 #pragma once
