@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +216,8 @@ class GradientLearner(Learner):
         """The inner loop where it and its adjoint are one native call: the rule is phi - rate g, or an LSTM's."""
         if weights is not None and weights.requires_grad:
             return None
-        rule = self.rule  # nn.Module looks for it a while
+        # Looked up by nn.Module it would take longer than all the rest here.
+        rule = cast(UpdateRule, self._modules["rule"])
         optimizer = rule.plain_optimizer()
         rates = rule.plain_rates(self.steps, episodes.support_x.dtype)
         if rates is None:
