@@ -104,7 +104,7 @@ class Episodes:
         """Check the contents; costs nothing while no tensor has changed since the last check."""
         if self._versions is not None and self._versions == self._now():
             return
-        versions = _version_counters(self._tensors() + self._masks())
+        versions = self._now() if _counted(self._tensors() + self._masks()) else None
         check_set("support_x", self.support_x, "support_y", self.support_y, "support_mask", self.support_mask)
         check_set("query_x", self.query_x, "query_y", self.query_y, "query_mask", self.query_mask)
         for support, query in (("support_x", "query_x"), ("support_y", "query_y")):
@@ -248,7 +248,7 @@ class Episodes:
         return Episodes(*map(change, self._tensors()), *masks)
 
     def _now(self) -> tuple[int, ...]:
-        """The version counters, once it is known that there are such."""
+        """Counters that any in-place change raises, where all tensors have such."""
         versions = self.support_x._version, self.support_y._version, self.query_x._version, self.query_y._version
         return versions + tuple(mask._version for mask in self._masks()) if self.masked else versions
 
@@ -288,11 +288,9 @@ def _mask_of(sizes: list[int], device: torch.device) -> Tensor | None:
     return torch.arange(max(sizes), device=device) < torch.tensor(sizes, device=device).unsqueeze(1)
 
 
-def _version_counters(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """Counters that any in-place change raises; None where there are none (inference tensors)."""
-    if not all(isinstance(t, Tensor) for t in tensors) or any(t.is_inference() for t in tensors):
-        return None
-    return tuple(t._version for t in tensors)
+def _counted(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether all have counters that any in-place change raises; inference tensors have none."""
+    return all(isinstance(t, Tensor) and not t.is_inference() for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@
 //   tfwd   ty = x*tw + tx*w + tb
 //   tbwd   tdw = x*tdy + tx*dy, tdb = sum tdy;  tdx = dy*tw + tdy*w
 // Where only a batch normalisation reads y, which takes out what b adds, db = tdb = 0. The borders of x hold
-// the zeros that padding means, those of dy the zeros beyond its edges; program.cpp makes them wide enough.
+// the zeros that padding means, those of dy the zeros beyond its edges; build.cpp makes them wide enough.
 // saved, tsaved: w and tw with channels transposed, [kernel_h * kernel_w][C of y][pixel of x], where dx is
 // wanted. 3 x 3 kernels of stride 1 go by winograd.h where that pays. Tested by tests/engine/test_layers.py.
 #pragma once
@@ -19,7 +19,7 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// A kernel of more taps than this is not lowered (program.cpp).
+// A kernel of more taps than this is not lowered (build.cpp).
 constexpr int64_t kMostTaps = 169;
 
 // From each output pixel to the corner of its window.

@@ -148,39 +148,24 @@ void run_row_product(const Team* team, const RowProduct<Real>& p, int64_t rows, 
 
 template <class Real>
 void run_outer_product(const Team* team, const OuterProduct<Real>& whole, int64_t rows, int64_t columns) {
-  // Blocks of samples of which both factors stay in the cache over all tiles.
-  constexpr int64_t kBlockBytes = 256 * 1024;
   const int64_t bytes = (whole.x_row + whole.g_row) * int64_t(sizeof(Real));
-  const Parts blocks(whole.samples, bytes * whole.samples <= kBlockBytes
-                                        ? whole.samples
-                                        : std::max<int64_t>(kBlockBytes / bytes, 1));
-  const Columns<Real> cut(columns);
-  // Tiles high, for columns that are all but the last kMostVectors vectors wide.
-  const int64_t most_tiles = Parts(rows, kMostRowsOf.of[kMostVectors]).count;
   const double work =
       (whole.x1 == nullptr ? 2.0 : 4.0) * double(whole.samples) * double(rows) * double(columns);
-  in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
-    OuterProduct<Real> p = whole;
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      p.samples = blocks.of(b);
-      for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
-        const int across = cut.across(group);
-        const auto& tiles_of = kOuterProductTiles<Real>.of[cut.ends_half(group)][across - 1];
-        const Parts tiles(rows, kMostRowsOf.of[across]);
-        const int64_t first = begin == 0 ? 0 : tiles.count * begin / most_tiles;
-        const int64_t last = end == most_tiles ? tiles.count : tiles.count * end / most_tiles;
-        for_tiles(tiles, first, last, [&](int64_t high, int64_t row, int64_t count) {
-          tiles_of[high - 1](p, row, count, column);
-        });
-        column += across * kLanes<Real>;
-      }
-      p.x += p.samples * p.x_row;
-      p.g += p.samples * p.g_row;
-      if (p.x1 != nullptr) p.x1 += p.samples * p.x_row;
-      if (p.x1 != nullptr) p.g1 += p.samples * p.g_row;
-      p.add = true;
-    }
-  });
+  for_outer_tiles<Real>(team, whole.samples, bytes, rows, columns, work,
+                        [&](bool half, int across, int64_t column, int64_t first_sample, int64_t samples,
+                            const Parts& tiles, int64_t first, int64_t last) {
+                          OuterProduct<Real> p = whole;
+                          const auto skip = [&](const Real*& factor, int64_t row) {
+                            factor += first_sample * row;
+                          };
+                          skip(p.x, p.x_row), skip(p.g, p.g_row);
+                          if (p.x1 != nullptr) skip(p.x1, p.x_row), skip(p.g1, p.g_row);
+                          p.samples = samples;
+                          p.add = first_sample > 0;
+                          for_tiles(tiles, first, last, [&](int64_t high, int64_t row, int64_t count) {
+                            kOuterProductTiles<Real>.of[half][across - 1][high - 1](p, row, count, column);
+                          });
+                        });
 }
 
 // The sizes of a call, and its pointers at the first sample.

@@ -211,47 +211,58 @@ void multiply(const Team* team, const Walk& where, const Real* a, const Taps<Rea
   }
 }
 
+// How an outer product over samples is cut: its rows among the team, then blocks of samples of which both
+// factors, `bytes` for each, stay in the cache over all tiles, groups of columns, and tiles of rows. Calls
+// run(half, across, column, first sample, samples, tiles, first tile, last tile), the last group's vectors
+// across ending in a half one where `half`; `work` as in_parts has it.
+template <class Real, class Run>
+void for_outer_tiles(const Team* team, int64_t samples, int64_t bytes, int64_t rows, int64_t columns,
+                     double work, const Run& run) {
+  constexpr int64_t kBlockBytes = 256 * 1024;
+  const Parts blocks(samples,
+                     bytes * samples <= kBlockBytes ? samples : std::max<int64_t>(kBlockBytes / bytes, 1));
+  const Columns<Real> cut(columns);
+  // Tiles high, for columns that are all but the last kMostVectors vectors wide.
+  const int64_t most_tiles = Parts(rows, kMostRowsOf.of[kMostVectors]).count;
+  in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
+        const int across = cut.across(group);
+        const Parts tiles(rows, kMostRowsOf.of[across]);
+        run(cut.ends_half(group), across, column, blocks.begin(b), blocks.of(b), tiles,
+            begin == 0 ? 0 : tiles.count * begin / most_tiles,
+            end == most_tiles ? tiles.count : tiles.count * end / most_tiles);
+        column += across * kLanes<Real>;
+      }
+    }
+  });
+}
+
 // d (rows, ldd), `columns` lanes of each row: row m sums a at walk.from + offset[m] times g at walk.to, and
 // with a second pair a1 times g1 after it.
 template <class Real>
 void outer(const Team* team, const Walk& pixels, const Real* a, const int64_t* offset, int64_t rows,
            const Real* g, const Real* a1, const Real* g1, int64_t columns, Real* d, int64_t ldd, bool add) {
   const Second second = a1 == nullptr ? Second{1, 0, 0} : Second{2, a1 - a, g1 - g};
-  // Blocks of samples of which both values stay in the cache over all tiles.
-  constexpr int64_t kBlockBytes = 256 * 1024;
   const Walk walk = pixels.collapsed();
   const int64_t bytes = walk.h * walk.w * (walk.from_pixel + walk.to_pixel) * int64_t(sizeof(Real));
-  const int64_t fit = bytes * walk.samples <= kBlockBytes ? walk.samples
-                      : bytes > kBlockBytes               ? 1
-                                                          : kBlockBytes / bytes;
-  const Parts blocks(walk.samples, fit);
-  const Columns<Real> cut(columns);
-  // Tiles high, for columns that are all but the last kMostVectors vectors wide.
-  const int64_t most_tiles = Parts(rows, most_rows(kMostVectors)).count;
   const double work = 2.0 * double(second.pairs * walk.count()) * double(rows * columns);
-  in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
-    Walk block = walk;
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      block.samples = blocks.of(b);
-      for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
-        const int across = cut.across(group);
-        const auto& tiles_of = kOuterTiles<Real>.of[cut.ends_half(group)][across - 1];
-        const Parts tiles(rows, kMostRowsOf.of[across]);
-        const int64_t first = begin == 0 ? 0 : tiles.count * begin / most_tiles;
-        const int64_t last = end == most_tiles ? tiles.count : tiles.count * end / most_tiles;
-        int64_t row = tiles.begin(first);
-        for (int64_t tile = first; tile < last; ++tile) {
-          const int high = tiles.of(tile);
-          tiles_of[high - 1](a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
-                             add || b > 0);
-          row += high;
-        }
-        column += across * kLanes<Real>;
-      }
-      block.from_origin += block.samples * block.from_sample;
-      block.to_origin += block.samples * block.to_sample;
-    }
-  });
+  for_outer_tiles<Real>(team, walk.samples, bytes, rows, columns, work,
+                        [&](bool half, int across, int64_t column, int64_t first_sample, int64_t samples,
+                            const Parts& tiles, int64_t first, int64_t last) {
+                          Walk block = walk;
+                          block.samples = samples;
+                          block.from_origin += first_sample * block.from_sample;
+                          block.to_origin += first_sample * block.to_sample;
+                          int64_t row = tiles.begin(first);
+                          for (int64_t tile = first; tile < last; ++tile) {
+                            const int high = tiles.of(tile);
+                            kOuterTiles<Real>.of[half][across - 1][high - 1](
+                                a, offset + row, g + column, block, second, d + row * ldd + column, ldd,
+                                add || first_sample > 0);
+                            row += high;
+                          }
+                        });
 }
 
 // sums[:] = sum over pixels of g at walk.to; a row's sum first, for the rounding.
