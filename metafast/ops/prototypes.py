@@ -2,7 +2,7 @@
 
 From the public functions to the loop: here (checks of shapes, with the user's names) -> csrc/torch/prototypes.cpp
 (labels and masks, the first derivative) -> csrc/cpu/prototypes_kernel.h or csrc/cuda/prototypes.cuh. Without kernels
-for the tensors at hand, and for second derivatives: :func:`_twin`.
+for the tensors at hand, and for second derivatives: :func:`_twin`. Losses with their gradients: prototype_loss.py.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from metafast import _check, _native
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 
 _LIBRARY = torch.library.Library("metafast", "FRAGMENT")
-_MASKS = "Tensor? support_mask, Tensor? query_mask, Tensor? ways_mask"
+MASKS = "Tensor? support_mask, Tensor? query_mask, Tensor? ways_mask"
 # means (T, C, D) and residual (T, C, Nq in whole groups of 16), softmax less one-hot, are for the backward; without
 # query labels losses and residual are empty.
 _LIBRARY.define(
     "prototype_head(Tensor support, Tensor support_labels, Tensor query, Tensor? query_labels, int ways, str metric,"
-    f" {_MASKS}) -> (Tensor losses, Tensor logits, Tensor means, Tensor residual)"
+    f" {MASKS}) -> (Tensor losses, Tensor logits, Tensor means, Tensor residual)"
 )
 _LIBRARY.define(
     "prototype_head_backward(Tensor? d_losses, Tensor? d_logits, Tensor support, Tensor support_labels, Tensor query,"
     " Tensor? query_labels, Tensor logits, Tensor means, Tensor residual, int ways, str metric,"
-    f" {_MASKS}) -> (Tensor, Tensor)"
+    f" {MASKS}) -> (Tensor, Tensor)"
 )
-_KERNELS = ("cpu", "simt", "cuda")
+KERNELS = ("cpu", "simt", "cuda")
 _QUERY_GROUP = 16  # csrc/prototypes.h
 
 
-def _check_arguments(
+def check_arguments(
     support: Tensor,
     support_labels: Tensor,
     query: Tensor,
@@ -58,16 +58,16 @@ def _check_arguments(
     _check.like("query", query, dtype=support.dtype, device=support.device, owner="support")
     if not query.is_floating_point():
         raise TypeError(f"query: expected dtype {support.dtype}, got {_check.describe(query)}")
-    _check_plan("support_labels", support_labels, (tasks, samples), torch.int64, support.device)
+    check_plan("support_labels", support_labels, (tasks, samples), torch.int64, support.device)
     if support_mask is not None:
-        _check_plan("support_mask", support_mask, (tasks, samples), torch.bool, support.device)
+        check_plan("support_mask", support_mask, (tasks, samples), torch.bool, support.device)
     if query_mask is not None:
-        _check_plan("query_mask", query_mask, (tasks, query.shape[1]), torch.bool, support.device)
+        check_plan("query_mask", query_mask, (tasks, query.shape[1]), torch.bool, support.device)
     if ways_mask is not None:
-        _check_plan("ways_mask", ways_mask, (tasks, ways), torch.bool, support.device)
+        check_plan("ways_mask", ways_mask, (tasks, ways), torch.bool, support.device)
 
 
-def _check_plan(name: str, plan: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def check_plan(name: str, plan: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     """Refuse labels and masks of another dtype, shape or device."""
     _check.tensor(name, plan)
     if plan.dtype != dtype:
@@ -174,35 +174,8 @@ def prototype_logits(
         tensor([[[ -9., -16.]]])
     """
     masks = (support_mask, query_mask, ways_mask)
-    _check_arguments(support, support_labels, query, ways, metric, *masks)
-    return _head(support, support_labels, query, None, ways, metric, *masks)[1]
-
-
-def prototype_loss(
-    support: Tensor,
-    support_labels: Tensor,
-    query: Tensor,
-    query_labels: Tensor,
-    ways: int,
-    metric: str = "sqeuclidean",
-    *,
-    support_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    ways_mask: Tensor | None = None,
-) -> Tensor:
-    """(T,) mean cross-entropy of the queries that are there under :func:`prototype_logits`.
-
-        loss_t = -mean_q log softmax(logits[t, q])[query_labels[t, q]]
-
-    Args, errors: those of :func:`prototype_logits`, and ``query_labels`` (T, Nq) int64 in 0..ways-1.
-
-    Example:
-        >>> support, labels = torch.tensor([[[0.0], [2.0]]]), torch.tensor([[0, 1]])
-        >>> prototype_loss(support, labels, torch.tensor([[[1.0]]]), torch.tensor([[1]]), ways=2)
-        tensor([0.6931])
-    """
-    masks = (support_mask, query_mask, ways_mask)
-    return prototype_head(support, support_labels, query, query_labels, ways, metric, *masks)[0]
+    check_arguments(support, support_labels, query, ways, metric, *masks)
+    return head(support, support_labels, query, None, ways, metric, *masks)[1]
 
 
 def prototype_head(
@@ -218,12 +191,12 @@ def prototype_head(
 ) -> tuple[Tensor, Tensor]:
     """Losses of :func:`prototype_loss` and logits of :func:`prototype_logits` by one operator."""
     masks = (support_mask, query_mask, ways_mask)
-    _check_arguments(support, support_labels, query, ways, metric, *masks)
-    _check_plan("query_labels", query_labels, (query.shape[0], query.shape[1]), torch.int64, query.device)
-    return _head(support, support_labels, query, query_labels, ways, metric, *masks)
+    check_arguments(support, support_labels, query, ways, metric, *masks)
+    check_plan("query_labels", query_labels, (query.shape[0], query.shape[1]), torch.int64, query.device)
+    return head(support, support_labels, query, query_labels, ways, metric, *masks)
 
 
-def _head(
+def head(
     support: Tensor,
     support_labels: Tensor,
     query: Tensor,
@@ -235,7 +208,7 @@ def _head(
     ways_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     masks = (support_mask, query_mask, ways_mask)
-    if _native.runs("support", support, query, kernels=_KERNELS):
+    if _native.runs("support", support, query, kernels=KERNELS):
         losses, logits, _, _ = torch.ops.metafast.prototype_head(
             support, support_labels, query, query_labels, ways, metric, *masks
         )
@@ -453,6 +426,12 @@ def _backward_again(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None
     """The kernel has no second derivative of its own; the twin has them all."""
     if dd_support is None and dd_query is None:
         return (None,) * 14
+    of_losses, of_logits, of_support, of_query = second_pull(ctx, dd_support, dd_query)
+    return of_losses, of_logits, of_support, None, of_query, *(None,) * 9
+
+
+def second_pull(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cotangents of the arguments of :func:`_pull` that have them, from those of its results; ctx has the arguments."""
     d_losses, d_logits, support, query, support_labels, query_labels, *masks = ctx.saved_tensors
     again = torch.is_grad_enabled()
 
@@ -472,10 +451,10 @@ def _backward_again(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None
     )
     of_cotangents = iter(found[:-2])
     of_losses, of_logits = (None if d is None else next(of_cotangents) for d in (d_losses, d_logits))
-    return of_losses, of_logits, found[-2], None, found[-1], *(None,) * 9
+    return of_losses, of_logits, found[-2], found[-1]
 
 
-def _fold(size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
+def fold(size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
     """Arguments with the batch of vmap in their tasks: a batch of them is more tasks."""
 
     def fold(value: Any, dim: int | None) -> Any:
@@ -487,20 +466,20 @@ def _fold(size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> li
     return [fold(value, dim) for value, dim in zip(arguments, in_dims)]
 
 
-def _unfold(size: int, outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def unfold(size: int, outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(o.view(size, o.shape[0] // size, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
 
 def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = _fold(info.batch_size, in_dims, arguments)
-    return _unfold(info.batch_size, torch.ops.metafast.prototype_head(*folded))
+    folded = fold(info.batch_size, in_dims, arguments)
+    return unfold(info.batch_size, torch.ops.metafast.prototype_head(*folded))
 
 
 def _batched_backward(
     info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = _fold(info.batch_size, in_dims, arguments)
-    return _unfold(info.batch_size, torch.ops.metafast.prototype_head_backward(*folded))
+    folded = fold(info.batch_size, in_dims, arguments)
+    return unfold(info.batch_size, torch.ops.metafast.prototype_head_backward(*folded))
 
 
 _LIBRARY.impl("prototype_head", _operator, "CompositeExplicitAutograd")
