@@ -16,9 +16,10 @@ struct EngineFunctions {
   // Elements of workspace that the job's update rule takes; the job needs no layout and no data yet.
   int64_t (*rule_workspace)(const Job<Real>&, bool wants_gradient);
   void (*run_task)(const Job<Real>&, int64_t task, Real* workspace);
-  // sums[i] = sum_t weights[t] rows[t * size + i] in the order of tasks, for i in [begin, end).
-  void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t size, const Real* weights, int64_t begin,
-                       int64_t end, Real* sums);
+  // sums[i] = sum_t weights[t] rows[t * size + i] for i in [begin, end), by groups of so many tasks in their
+  // order, and then over groups.
+  void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t group, int64_t size, const Real* weights,
+                       int64_t begin, int64_t end, Real* sums);
 };
 
 // The engine for one instruction set.

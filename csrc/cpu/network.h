@@ -286,10 +286,22 @@ void add_gradient(const Job<Real>& job, int64_t task, const TaskGradient<Real>& 
   }
 }
 
+// To the sum of the task's group, which stays in the thread's workspace up to the group's end.
+template <class Real>
+void add_to_group(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own, Real* sum) {
+  const int64_t params = job.program->params;
+  const bool first = task % job.group == 0, last = (task + 1) % job.group == 0 || task + 1 == job.tasks;
+  Real* const to = last ? job.gradient + task / job.group * params : sum;
+  const Real weight = job.weights[task];
+  for (int64_t i = 0; i < params; i += kLanes<Real>)
+    store(to + i, (first ? Vec<Real>{} : load(sum + i)) + weight * own.at(i));
+}
+
 // The gradient to where the job wants it. Nobody waits.
 template <class Real>
-void deliver(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own) {
+void deliver(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own, Real* sum) {
   const int64_t params = job.program->params;
+  if (job.group > 0) return add_to_group(job, task, own, sum);
   if (job.weights == nullptr) return write_gradient(own, params, job.gradient + task * params);
   constexpr int32_t kThere = 1, kTaken = 2;
   const auto take = [&](int64_t t) {  // one thread alone gets what is there

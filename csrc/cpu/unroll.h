@@ -59,9 +59,9 @@ struct OneTask {
     METAFAST_ISA::to_user(*job.program, w, job.gradient + task * job.program->adapting);
   }
   // The task's gradient, from + factor * more.
-  void deliver(ConstVector from) const { cpu::METAFAST_ISA::deliver(job, task, TaskGradient<Real>{from}); }
+  void deliver(ConstVector from) const { deliver(TaskGradient<Real>{from}); }
   void deliver(ConstVector from, ConstVector more, Real factor) const {
-    cpu::METAFAST_ISA::deliver(job, task, TaskGradient<Real>{from, more, splat(factor)});
+    deliver(TaskGradient<Real>{from, more, splat(factor)});
   }
 
   const Job<Real>& job;
@@ -72,6 +72,9 @@ struct OneTask {
   Real loss = 0;
 
  private:
+  void deliver(const TaskGradient<Real>& own) const {
+    METAFAST_ISA::deliver(job, task, own, at(job.layout->sum));
+  }
   const Value& out() const { return job.program->values[job.program->value_count - 1]; }
   int64_t first_query() const { return task * job.layout->query.samples; }
   void see(const Data<Real>& data, int64_t first, Network<Real>& network, Targets<Real>& y) const {
@@ -88,20 +91,23 @@ void meta_step_of(OneTask<Real>& one) {
 }
 
 template <class Real>
-void weighted_sum(const Real* rows, int64_t tasks, int64_t size, const Real* weights, int64_t begin,
-                  int64_t end, Real* sums) {
-  int64_t i = begin;
+void weighted_sum(const Real* rows, int64_t tasks, int64_t group, int64_t size, const Real* weights,
+                  int64_t begin, int64_t end, Real* sums) {
   constexpr int kL = kLanes<Real>;
-  for (; i + kL <= end; i += kL) {
-    Vec<Real> sum{};
-    for (int64_t t = 0; t < tasks; ++t) sum += weights[t] * load(rows + t * size + i);
-    store(sums + i, sum);
-  }
-  for (; i < end; ++i) {
-    Real sum = 0;
-    for (int64_t t = 0; t < tasks; ++t) sum += weights[t] * rows[t * size + i];
-    sums[i] = sum;
-  }
+  const auto sum_of = [&](auto zero, const auto& row) {
+    auto sum = zero;
+    for (int64_t first = 0; first < tasks; first += group) {
+      const int64_t last = std::min(first + group, tasks);
+      auto part = zero;
+      for (int64_t t = first; t < last; ++t) part += weights[t] * row(rows + t * size);
+      sum = first == 0 ? part : sum + part;
+    }
+    return sum;
+  };
+  int64_t i = begin;
+  for (; i + kL <= end; i += kL)
+    store(sums + i, sum_of(Vec<Real>{}, [i](const Real* r) { return load(r + i); }));
+  for (; i < end; ++i) sums[i] = sum_of(Real(0), [i](const Real* r) { return r[i]; });
 }
 
 // Elements of workspace that the job takes besides its network's.

@@ -443,6 +443,7 @@ std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradie
   layout.product = take(1);
   layout.tape = take(steps);
   layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
+  layout.sum = take(wants_gradient && params_are_short() ? 1 : 0);
   layout.rule = layout.size;
   layout.size += rule;
   if (layouts_.size() == kMostLayouts) layouts_.erase(layouts_.begin());

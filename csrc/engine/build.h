@@ -31,6 +31,9 @@ class Plan {
   // Multiplications and additions of a sample's forward pass, those of linear and convolution layers.
   double operations() const;
 
+  // Whether a few rows of all parameters stay in a core's first cache.
+  bool params_are_short() const { return program_.params * element_ <= int64_t(16) << 10; }
+
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
   // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
   // give the same object, while they are among the latest kMostLayouts; it lives as long as somebody holds

@@ -168,7 +168,8 @@ class Engine::Call {
 
   void run_by_tasks() {
     const int all = at::get_num_threads();
-    const int threads = int(std::min<int64_t>(all, job.tasks));
+    const int64_t group = std::max<int64_t>(job.group, 1), groups = (job.tasks + group - 1) / group;
+    const int threads = int(std::min<int64_t>(all, groups));
     const auto run_task = engine_functions<Real>().run_task;
     const int64_t samples = std::max(job.layout->support.samples, job.layout->query.samples);
     if (engine_.shares_tasks(job.tasks, samples, all)) {
@@ -181,10 +182,12 @@ class Engine::Call {
       return;
     }
     Workspaces workspaces = engine_.acquire(layout_, threads);
-    auto task = [&](int64_t index, int worker) {
-      run_task(job, index, static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
+    auto of_group = [&](int64_t index, int worker) {
+      const int64_t end = std::min((index + 1) * group, job.tasks);
+      for (int64_t t = index * group; t < end; ++t)
+        run_task(job, t, static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
     };
-    cpu::run_tasks(job.tasks, threads, task);
+    cpu::run_tasks(groups, threads, of_group);
     engine_.release(std::move(workspaces));
   }
 
@@ -278,14 +281,18 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool compares = inner.ways > 0;
   result.outcome.logits = at::empty({tasks, queries, compares ? inner.ways : outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
-  // Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them at the end.
-  // The order of tasks is the same, and so are the bits.
+  // Sums over tasks are made as gradients come, of short ones by groups, of others in their turn. Rows of few
+  // bytes stay in the cache; those of many threads are sooner summed by all of them at the end. The order is
+  // the same, and so are the bits.
   constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
-  const bool sums = weights.defined() && sums_ && !on_gpu && at::get_num_threads() <= kFewThreads &&
-                    tasks * program.params * plan_.element() > kFewBytes;
+  const bool may_sum =
+      wants_gradient && weights.defined() && sums_ && !on_gpu && at::get_num_threads() <= kFewThreads;
+  const int64_t group = group_of(tasks), groups = (tasks + group - 1) / group;
+  const bool by_groups = may_sum && groups > 1,
+             sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
-    result.gradient =
-        sums ? at::empty({program.params}, options) : at::empty({tasks, program.params}, options);
+    result.gradient = sums ? at::empty({program.params}, options)
+                           : at::empty({by_groups ? groups : tasks, program.params}, options);
   }
   if (wants_rate_gradient) {
     const std::vector<int64_t> sizes{tasks, rates.size(0), program.params};
@@ -344,14 +351,21 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     std::vector<int32_t> ready(size_t(sums ? tasks : 0), 0);
     int64_t turn = 0;
     const Tensor spare = sums ? at::empty({tasks, program.params}, options) : Tensor();  // hardly touched
+    if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
+    if (by_groups) job.group = group;
     if (sums) {
-      job.weights = weights.const_data_ptr<Real>();
       job.rows = spare.mutable_data_ptr<Real>();
       job.ready = ready.data();
       job.turn = &turn;
     }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
+    if (!by_groups) return;
+    const std::vector<Real> ones(size_t(groups), Real(1));
+    const Tensor of_groups = std::exchange(result.gradient, at::empty({program.params}, options));
+    engine_functions<Real>().weighted_sum(of_groups.const_data_ptr<Real>(), groups, groups, program.params,
+                                          ones.data(), 0, program.params,
+                                          result.gradient.mutable_data_ptr<Real>());
   });
   return result;
 }

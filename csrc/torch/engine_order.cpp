@@ -73,7 +73,12 @@ Tensor Engine::ordered(const Tensor& theta, const Tensor& constants, const Tenso
   return all;
 }
 
-Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
+int64_t Engine::group_of(int64_t tasks) const {
+  constexpr int64_t kGroups = 8, kLeastTasks = 16;
+  return tasks < kLeastTasks || !plan_.params_are_short() ? tasks : tasks / kGroups;
+}
+
+Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights, int64_t group) const {
   const c10::DeviceGuard guard(rows.device());
   const int64_t tasks = rows.size(0), size = rows.numel() / tasks;
   const Tensor sums = at::empty({size}, rows.options());
@@ -91,7 +96,7 @@ Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights) const {
     const auto weighted_sum = engine_functions<Real>().weighted_sum;
     auto chunk = [&](int64_t index, int) {
       const int64_t begin = index * kChunk, end = std::min(begin + kChunk, size);
-      weighted_sum(each, tasks, size, w, begin, end, to);
+      weighted_sum(each, tasks, group, size, w, begin, end, to);
     };
     cpu::run_tasks(chunks, at::get_num_threads(), chunk);
   });
@@ -102,7 +107,9 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
   const c10::DeviceGuard guard(gradient.device());
   const Program& program = plan_.program();
   const int64_t rows = gradient.dim() == 3 ? gradient.size(1) : 1;
-  const Tensor sums = gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights);
+  const int64_t tasks = gradient.size(0);
+  const Tensor sums =
+      gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights, rows == 1 ? group_of(tasks) : tasks);
   const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
                                           : at::empty({program.adapting}, gradient.options());
   with_real(dtype_, [&](auto real) {

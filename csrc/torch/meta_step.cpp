@@ -127,7 +127,7 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
     const auto add = [&](const Engine::Unrolled& run, const Tensor& each) {
       add_to(flat, kept.engine->reduce(run.gradient, each));
       if (of_rates) add_to(d_rates, kept.engine->reduce(run.rate_gradient, each));
-      if (run.rule_gradient.defined()) add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each));
+      if (run.rule_gradient.defined()) add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each, each.size(0)));
     };
     const auto again_along = [&](const std::optional<Tensor>& cotangent) {
       Inner inner = kept.inner;
@@ -260,7 +260,7 @@ MetaOutcome Engine::accumulate(const std::vector<Tensor>& params, const Tensor& 
   const at::NoGradGuard no_grad;
   const auto [run, w] = judge(params, constants, support, query, inner, weights, true, false);
   add_all(reduce(run.gradient, w), params);
-  if (!inner.lstm.empty()) add_all(sum_tasks(run.rule_gradient, w), inner.lstm);
+  if (!inner.lstm.empty()) add_all(sum_tasks(run.rule_gradient, w, w.size(0)), inner.lstm);
   return run.outcome;
 }
 

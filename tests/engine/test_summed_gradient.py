@@ -1,4 +1,4 @@
-"""Gradients that are summed over tasks as they come, where their rows would be long: any cotangent, any threads."""
+"""Gradients that are summed over tasks as they come, short ones by groups of tasks: any cotangent, any threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tests.backends import native
 from tests.nets import gradient, relative_error
 
 BAR = 1e-10
-TASKS = 13
+# Features of the net, and tasks: more than 1 MiB of gradients, of a number of parameters that is no whole number of
+# chunks; groups of two tasks, of two and a last one alone, of three and a last two, and of none.
+SIZES = {"long": (121, 83, 37, 13), "16": (7, 9, 5, 16), "17": (7, 9, 5, 17), "29": (7, 9, 5, 29), "15": (7, 9, 5, 15)}
+on_sizes = pytest.mark.parametrize("size", SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +25,14 @@ def native_backend() -> object:
         yield
 
 
-def problem() -> tuple[nn.Module, mf.Episodes, Tensor]:
-    """More than 1 MiB of gradients, of a number of parameters that is no whole number of chunks."""
+def problem(size: str) -> tuple[nn.Module, mf.Episodes, Tensor]:
     torch.manual_seed(0)
+    features, wide, narrow, tasks = SIZES[size]
     model = nn.Sequential(
-        nn.Linear(121, 83), nn.BatchNorm1d(83), nn.Tanh(), nn.Linear(83, 37), nn.Linear(37, 5)
+        nn.Linear(features, wide), nn.BatchNorm1d(wide), nn.Tanh(), nn.Linear(wide, narrow), nn.Linear(narrow, 5)
     ).double()
-    x, y = torch.randn(TASKS, 15, 121, dtype=torch.float64), torch.randint(5, (TASKS, 15))
-    return model, mf.Episodes(x[:, :7], y[:, :7], x[:, 7:], y[:, 7:]), torch.rand(TASKS, dtype=torch.float64)
+    x, y = torch.randn(tasks, 15, features, dtype=torch.float64), torch.randint(5, (tasks, 15))
+    return model, mf.Episodes(x[:, :7], y[:, :7], x[:, 7:], y[:, 7:]), torch.rand(tasks, dtype=torch.float64)
 
 
 OBJECTIVES = {
@@ -42,10 +45,11 @@ OBJECTIVES = {
 
 
 @native
+@on_sizes
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_any_cotangent(objective: str, steps: int) -> None:
-    model, episodes, weights = problem()
+def test_any_cotangent(objective: str, steps: int, size: str) -> None:
+    model, episodes, weights = problem(size)
     maml = mf.MAML(model, lr=0.1, steps=steps)
     value = OBJECTIVES[objective](maml(episodes, weights))
     value.backward(retain_graph=True)
@@ -63,12 +67,13 @@ def test_any_cotangent(objective: str, steps: int) -> None:
 
 
 @native
+@on_sizes
 @pytest.mark.parametrize("rule", ["sgd", "first order", "lstm", "rates", "protonets"])
-def test_every_kind_of_step_and_the_same_bits_with_any_number_of_threads(rule: str) -> None:
-    model, episodes, weights = problem()
+def test_every_kind_of_step_and_the_same_bits_with_any_number_of_threads(rule: str, size: str) -> None:
+    model, episodes, weights = problem(size)
     wanted_model = copy.deepcopy(model)
     found = {}
-    for threads in (1, 2, 5, 16):
+    for threads in (1, 2, 3, 5, 16):
         torch.set_num_threads(threads)
         torch.manual_seed(1)
         net = copy.deepcopy(model)
@@ -79,7 +84,7 @@ def test_every_kind_of_step_and_the_same_bits_with_any_number_of_threads(rule: s
             learner = mf.GradientLearner(net, mf.LearnedRates(net, 0.1), steps=2)
         elif rule == "protonets":
             net[-1].weight.data.mul_(3)
-            y = torch.arange(5).repeat(TASKS, 3)
+            y = torch.arange(5).repeat(len(weights), 3)
             episodes = mf.Episodes(episodes.support_x[:, :5], y[:, :5], episodes.query_x, y[:, :8])
             learner = mf.ProtoNets(net)
         else:
