@@ -20,8 +20,12 @@ struct OneTask {
       : job(j),
         task(t),
         workspace(memory),
-        support{*j.program, j.layout->support, j.team, memory, memory, nullptr, nullptr},
-        query{*j.program, j.layout->query, j.team, memory, memory, nullptr, nullptr} {}
+        support{*j.program, j.layout->support, j.team, memory, memory, nullptr, nullptr, nullptr},
+        query{*j.program, j.layout->query, j.team, memory, memory, nullptr, nullptr, nullptr} {
+    // All tasks begin at theta: what a thread's first one makes of it alone is there for the others.
+    const bool lasts = job.steps <= 1 || job.layout->kept > 0;
+    if (job.theta != nullptr && lasts && !begins_job()) support.known = query.known = job.theta;
+  }
 
   Vector at(int64_t offset) const { return workspace + offset; }
   ConstVector theta() const { return job.theta; }
@@ -72,6 +76,14 @@ struct OneTask {
   Real loss = 0;
 
  private:
+  // Whether this is the workspace's first task of the job, which leaves its stamp.
+  bool begins_job() const {
+    int64_t stamp;
+    Real* const place = at(job.layout->stamp);
+    __builtin_memcpy(&stamp, place, sizeof(stamp));
+    __builtin_memcpy(place, &job.stamp, sizeof(stamp));
+    return stamp != job.stamp;
+  }
   void deliver(const TaskGradient<Real>& own) const {
     METAFAST_ISA::deliver(job, task, own, at(job.layout->sum));
   }

@@ -444,6 +444,8 @@ std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradie
   layout.tape = take(steps);
   layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
   layout.sum = take(wants_gradient && params_are_short() ? 1 : 0);
+  layout.stamp = layout.size;
+  layout.size += kVectorBytes / element_;
   layout.rule = layout.size;
   layout.size += rule;
   if (layouts_.size() == kMostLayouts) layouts_.erase(layouts_.begin());

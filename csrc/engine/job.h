@@ -32,6 +32,7 @@ struct WorkspaceLayout {
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
   int64_t query_tape;  // (steps - 1, params) where earlier steps have a query loss: its gradients there
   int64_t sum;         // (params,) of a group of tasks, see Job::group; where params are short
+  int64_t stamp;       // of the job that used the workspace last
   int64_t rule;        // what the update rule needs
   int64_t kept;        // from one inner step's values, adjoints and saved to the next's; 0: all use the same
   int64_t size;
@@ -102,9 +103,10 @@ struct Job {
   Real* rows;
   int32_t* ready;
   int64_t* turn;
-  // Not 0: instead gradient has a row for each so many tasks, sum_t weights[t] gradient_t of theirs, which one
-  // thread runs in their order.
+  // Not 0: instead gradient has a row for each so many tasks, sum_t weights[t] gradient_t of theirs, which
+  // one thread runs in their order.
   int64_t group;
+  int64_t stamp;  // no other job's, not 0
 };
 
 }  // namespace metafast

@@ -145,6 +145,8 @@ class Engine::Call {
     job.learned = learned;
     job.head = head;
     job.one_launch = one_launch;
+    static std::atomic<int64_t> jobs{0};
+    job.stamp = ++jobs;
     const int64_t rule = gpu_ ? 0 : engine_functions<Real>().rule_workspace(job, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
     layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);

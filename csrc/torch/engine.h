@@ -155,8 +155,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::atomic<bool> sums_{true};
   // sum_t weights_t rows_t of (T, size), (size,), by groups of so many tasks.
   at::Tensor sum_tasks(const at::Tensor& rows, const at::Tensor& weights, int64_t group) const;
-  // Tasks whose gradients are summed by themselves on the CPU, so that a thread keeps one row for them all and
-  // few go from core to core; T where that does not pay. Not a matter of threads, for the same bits with any.
+  // Tasks whose gradients are summed by themselves on the CPU, so that a thread keeps one row for them all
+  // and few go from core to core; T where that does not pay. Not a matter of threads, for the same bits with
+  // any.
   int64_t group_of(int64_t tasks) const;
   // sum_t weights_t gradient_t of (T, params) or (T, rows, params), or what was summed before, (params,), in
   // the user's order: (P,) or (rows, P).

@@ -127,7 +127,8 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
     const auto add = [&](const Engine::Unrolled& run, const Tensor& each) {
       add_to(flat, kept.engine->reduce(run.gradient, each));
       if (of_rates) add_to(d_rates, kept.engine->reduce(run.rate_gradient, each));
-      if (run.rule_gradient.defined()) add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each, each.size(0)));
+      if (run.rule_gradient.defined())
+        add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each, each.size(0)));
     };
     const auto again_along = [&](const std::optional<Tensor>& cotangent) {
       Inner inner = kept.inner;

@@ -105,6 +105,29 @@ def test_the_same_bits_for_any_number_of_threads_and_doors(name: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("name", ["conv4", "mlp"])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_what_a_workspace_keeps_of_the_parameters_is_of_one_call(steps: int, name: str) -> None:
+    """Tasks share what a thread makes of theta alone; when theta has moved it is made anew."""
+    torch.set_num_threads(1)
+    model, episodes = build(name), episodes_for(name, tasks=3)
+    maml = mf.MAML(model, lr=0.1, steps=steps)
+    for _ in range(3):
+        with torch.no_grad():
+            maml(episodes)
+        for door in ("accumulate", "autograd"):
+            model.zero_grad()
+            maml.accumulate_grad(episodes) if door == "accumulate" else maml(episodes).loss.backward()
+            found = gradient(model)
+            model.zero_grad()
+            mf.reference.maml(model, episodes, lr=0.1, steps=steps).loss.backward()
+            assert relative_error(found, gradient(model)) < BAR
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+
+
+@native
 def test_fewer_tasks_than_threads_and_one_task() -> None:
     torch.set_num_threads(4)
     for tasks in (1, 2, 3):

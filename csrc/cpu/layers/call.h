@@ -38,6 +38,7 @@ struct Call {
   Real *dx, *dx1, *tdx, *tdx1;
   Real *saved, *tsaved;
   Real* scratch;
+  bool w_is_known;                // bwd: at this w, and with this `saved`, it has run before
   const Team* team;               // the threads that share the call, null: one
   int64_t first_lane, last_lane;  // of the channels' vectors, what a call of a layer split by lanes is about
 

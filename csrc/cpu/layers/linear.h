@@ -232,7 +232,7 @@ void linear_bwd(const Call<Real>& c) {
   const LinearCall<Real> l(c);
   if (c.dw != nullptr) l.weight_gradient(c.x, c.dy, nullptr, nullptr, c.dw);
   if (c.dx == nullptr) return;
-  l.transposed(c.w, c.saved);
+  if (!c.w_is_known) l.transposed(c.w, c.saved);
   l.input_gradient(c.dy, c.saved, nullptr, nullptr, c.dx);
 }
 
