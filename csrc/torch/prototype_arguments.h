@@ -1,8 +1,10 @@
-// The arguments of the prototype head's operators: checked, contiguous, and as the kernels want them.
+// What the prototype head's operators share: their arguments, checked, contiguous, and as the kernels want
+// them.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -18,6 +20,12 @@ namespace metafast::prototypes {
 
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
+
+// An operator by its name, for a call through the dispatcher.
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 template <class Real>
 const cpu::PrototypeFunctions<Real>& functions() {

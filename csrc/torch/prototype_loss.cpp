@@ -7,7 +7,6 @@
 //
 // From the public function to the loop: metafast/ops/prototype_loss.py -> here -> cpu/prototypes_kernel.h.
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -23,11 +22,6 @@ namespace {
 using namespace prototypes;
 using Losses = std::tuple<Tensor, Tensor, Tensor>;
 using Cotangents = std::tuple<Tensor, Tensor>;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 #ifdef METAFAST_WITH_SIMT
 // By the operators that the emulator has.

@@ -6,7 +6,6 @@
 // through Python would take longer than the kernels on small episodes.
 #include "../cuda/prototypes.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -233,10 +232,6 @@ Backward prototype_head_backward_cuda(const Maybe& d_losses, const Maybe& d_logi
 }
 #endif
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 Forward below_autograd(const Tensor& support, const Tensor& support_labels, const Tensor& query,
                        const Maybe& query_labels, int64_t ways, c10::string_view metric,
                        const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask) {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metafast import _native
 from metafast.backend import current_backend
-from metafast.ops.prototypes import KERNELS, MASKS, check_arguments, check_plan, fold, head, second_pull, unfold
+from metafast.ops.prototypes import KERNELS, MASKS, by_folding, check_arguments, check_plan, head, second_pull
 
 _LIBRARY = torch.library.Library("metafast", "FRAGMENT")
 _HEAD = "Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, int ways, str metric"
@@ -132,18 +132,6 @@ def _backward_again(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None
     return of_losses, of_support, None, of_query, *(None,) * 9
 
 
-def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = fold(info.batch_size, in_dims, arguments)
-    return unfold(info.batch_size, torch.ops.metafast.prototype_loss(*folded))
-
-
-def _batched_backward(
-    info: Any, in_dims: tuple[Any, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = fold(info.batch_size, in_dims, arguments)
-    return unfold(info.batch_size, torch.ops.metafast.prototype_loss_backward(*folded))
-
-
 _LIBRARY.impl("prototype_loss", _operator, "CompositeExplicitAutograd")
 _LIBRARY.impl("prototype_loss_backward", _operator_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("metafast::prototype_loss", _fake, lib=_LIBRARY)
@@ -152,5 +140,7 @@ torch.library.register_autograd("metafast::prototype_loss", _backward, setup_con
 torch.library.register_autograd(
     "metafast::prototype_loss_backward", _backward_again, setup_context=_keep_backward, lib=_LIBRARY
 )
-torch.library.register_vmap("metafast::prototype_loss", _batched, lib=_LIBRARY)
-torch.library.register_vmap("metafast::prototype_loss_backward", _batched_backward, lib=_LIBRARY)
+torch.library.register_vmap("metafast::prototype_loss", by_folding(torch.ops.metafast.prototype_loss), lib=_LIBRARY)
+torch.library.register_vmap(
+    "metafast::prototype_loss_backward", by_folding(torch.ops.metafast.prototype_loss_backward), lib=_LIBRARY
+)

@@ -7,6 +7,7 @@ for the tensors at hand, and for second derivatives: :func:`_twin`. Losses with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -454,32 +455,22 @@ def second_pull(ctx: Any, dd_support: Tensor | None, dd_query: Tensor | None) ->
     return of_losses, of_logits, found[-2], found[-1]
 
 
-def fold(size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> list[Any]:
-    """Arguments with the batch of vmap in their tasks: a batch of them is more tasks."""
+def by_folding(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """The rule of vmap for an operator on tasks: a batch of them is more tasks."""
 
-    def fold(value: Any, dim: int | None) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        batch = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-        return batch.reshape(size * batch.shape[1], *batch.shape[2:])
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
 
-    return [fold(value, dim) for value, dim in zip(arguments, in_dims)]
+        def fold(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            batch = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return batch.reshape(size * batch.shape[1], *batch.shape[2:])
 
+        outputs = operator(*(fold(value, dim) for value, dim in zip(arguments, in_dims)))
+        return tuple(o.view(size, o.shape[0] // size, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
 
-def unfold(size: int, outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return tuple(o.view(size, o.shape[0] // size, *o.shape[1:]) for o in outputs), (0,) * len(outputs)
-
-
-def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = fold(info.batch_size, in_dims, arguments)
-    return unfold(info.batch_size, torch.ops.metafast.prototype_head(*folded))
-
-
-def _batched_backward(
-    info: Any, in_dims: tuple[Any, ...], *arguments: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    folded = fold(info.batch_size, in_dims, arguments)
-    return unfold(info.batch_size, torch.ops.metafast.prototype_head_backward(*folded))
+    return rule
 
 
 _LIBRARY.impl("prototype_head", _operator, "CompositeExplicitAutograd")
@@ -490,5 +481,7 @@ torch.library.register_autograd("metafast::prototype_head", _backward, setup_con
 torch.library.register_autograd(
     "metafast::prototype_head_backward", _backward_again, setup_context=_keep_backward, lib=_LIBRARY
 )
-torch.library.register_vmap("metafast::prototype_head", _batched, lib=_LIBRARY)
-torch.library.register_vmap("metafast::prototype_head_backward", _batched_backward, lib=_LIBRARY)
+torch.library.register_vmap("metafast::prototype_head", by_folding(torch.ops.metafast.prototype_head), lib=_LIBRARY)
+torch.library.register_vmap(
+    "metafast::prototype_head_backward", by_folding(torch.ops.metafast.prototype_head_backward), lib=_LIBRARY
+)

@@ -129,3 +129,13 @@ def close(found: Tensor, wanted: Tensor, bar: float = BAR) -> bool:
 def arguments(head: Head, metric: str, with_labels: bool = True) -> tuple[object, ...]:
     labels = head.query_labels if with_labels else None
     return (head.support, head.support_labels, head.query, labels, head.ways, metric, *head.masks)
+
+
+def masked(head: Head) -> Head:
+    """A head of two tasks of three classes and four queries, of which two are not there, with all masks."""
+    return replace(
+        head,
+        support_mask=torch.ones_like(head.support_labels, dtype=torch.bool),
+        query_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool),
+        ways_mask=torch.ones(2, 3, dtype=torch.bool),
+    )

@@ -15,6 +15,7 @@ from metafast.ops.prototypes import METRICS
 from tests.backends import in_every_order, on_backends, on_kernels, poisoned
 from tests.backends import native as needs_kernels
 from tests.ops.heads import Head, arguments, close, problem, ragged
+from tests.ops.heads import masked as with_masks
 
 on_metrics = pytest.mark.parametrize("metric", METRICS)
 Reduce = Callable[[Tensor], Tensor]
@@ -245,14 +246,7 @@ def test_three_times() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool, metric: str, backend: str) -> None:
     head = problem(2, 3, 1, 4, 3)
-    if masked:
-        head = replace(
-            head,
-            support_mask=torch.ones_like(head.support_labels, dtype=torch.bool),
-            query_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool),
-            ways_mask=torch.ones(2, 3, dtype=torch.bool),
-        )
-    head = head.on(backend)
+    head = (with_masks(head) if masked else head).on(backend)
     head.support.requires_grad_(), head.query.requires_grad_()
     with mf.use_backend(backend):
         torch.library.opcheck(torch.ops.metafast.prototype_loss, (*arguments(head, metric), 0.5))

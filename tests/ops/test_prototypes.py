@@ -20,6 +20,7 @@ from metafast.ops.prototypes import METRICS
 from tests.backends import device_of, in_every_order, on_backends, on_kernels, poisoned
 from tests.backends import native as needs_kernels
 from tests.ops.heads import BAR, arguments, close, gradients, problem, ragged
+from tests.ops.heads import masked as with_masks
 
 on_metrics = pytest.mark.parametrize("metric", METRICS)
 
@@ -263,14 +264,7 @@ def test_three_times() -> None:
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_opcheck(with_labels: bool, masked: bool, metric: str, backend: str) -> None:
     head = problem(2, 3, 1, 4, 3)
-    if masked:
-        head = replace(
-            head,
-            support_mask=torch.ones_like(head.support_labels, dtype=torch.bool),
-            query_mask=torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1]], dtype=torch.bool),
-            ways_mask=torch.ones(2, 3, dtype=torch.bool),
-        )
-    head = head.on(backend)
+    head = (with_masks(head) if masked else head).on(backend)
     head.support.requires_grad_(), head.query.requires_grad_()
     with mf.use_backend(backend):
         torch.library.opcheck(torch.ops.metafast.prototype_head, arguments(head, metric, with_labels))
