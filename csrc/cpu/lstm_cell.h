@@ -40,13 +40,13 @@ class LstmCell {
       const int64_t k = rows(l), gates = 4 * hidden_;
       most = std::max(most, k);
       layer_[l] = {workspace.take(gates * k),       workspace.take(inputs(l) * gates),
-                   workspace.take(hidden_ * gates), workspace.take(gates * whole(k)),
+                   workspace.take(hidden_ * gates), workspace.take(gates * Carver<Real>::whole(k)),
                    workspace.take(k * kBlock),      workspace.take(hidden_ * kBlock)};
     }
     top_ = workspace.take(hidden_ * kBlock);
     d_z_ = workspace.take(std::max<int64_t>(2, hidden_) * kBlock);
     d_gates_ = workspace.take(4 * hidden_ * kBlock);
-    transposed_ = workspace.take(kBlock * whole(most));
+    transposed_ = workspace.take(kBlock * Carver<Real>::whole(most));
     d_output_ = workspace.take((hidden_ + 1) * kLanes<Real>);
   }
 
@@ -105,7 +105,8 @@ class LstmCell {
   // The weights' gradients begin.
   void begin() {
     std::fill_n(d_output_, (hidden_ + 1) * kLanes<Real>, Real(0));
-    for (int64_t l = 0; l < a_.layers; ++l) std::fill_n(layer_[l].d_w, 4 * hidden_ * whole(rows(l)), Real(0));
+    for (int64_t l = 0; l < a_.layers; ++l)
+      std::fill_n(layer_[l].d_w, 4 * hidden_ * Carver<Real>::whole(rows(l)), Real(0));
   }
 
   // After forward or restore of this frame: from d_updates (block,) and `carry`, the cotangents of h and c
@@ -132,24 +133,24 @@ class LstmCell {
         store(d_gates_ + 3 * gate + i, d_h * t * out * (1 - out));
         store(d_c_of + i, d_c * forget);
       }
-      const int64_t used = from_zero ? n + 1 : k, wide = whole(used);
+      const int64_t used = from_zero ? n + 1 : k, wide = Carver<Real>::whole(used);
       transpose(s.z, used, kBlock, kBlock, transposed_, wide);
       outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
-                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, whole(k), true);
+                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, Carver<Real>::whole(k), true);
       product(s.wt, 4 * h, n, d_gates_, 4 * h, d_z_);
       if (wants_carry) product(s.vt, 4 * h, h, d_gates_, 4 * h, d_h_of);
     }
     const Real* const g = grads(frame);
     for (int64_t i = 0; i < kBlock; ++i) {
       // d log|g| / dg is 1 / g; the sign does not move.
-      d_grads[i] = absolute_of(g[i]) >= a_.least ? d_z_[i] / (a_.p * g[i]) : a_.steep * d_z_[kBlock + i];
+      d_grads[i] = magnitude(g[i]) >= a_.least ? d_z_[i] / (a_.p * g[i]) : a_.steep * d_z_[kBlock + i];
     }
   }
 
   // The sums since `begin`, in the user's order, one weight after the other: LstmWeights::count() of them.
   void write_weights(Real* to) const {
     for (int64_t l = 0; l < a_.layers; ++l) {
-      const int64_t k = rows(l), n = inputs(l), wide = whole(k);
+      const int64_t k = rows(l), n = inputs(l), wide = Carver<Real>::whole(k);
       const Real* const d = layer_[l].d_w;
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += n) std::copy_n(d + g * wide, n, to);
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n + 1, hidden_, to);
@@ -168,11 +169,6 @@ class LstmCell {
     Real *w, *wt, *vt, *d_w, *z, *tanh_c;
   };
 
-  static int64_t whole(int64_t count) {
-    constexpr int64_t kVector = kVectorBytes / int64_t(sizeof(Real));
-    return (count + kVector - 1) / kVector * kVector;
-  }
-  static Real absolute_of(Real x) { return x < 0 ? -x : x; }
   int64_t inputs(int64_t l) const { return l == 0 ? 2 : hidden_; }
   int64_t rows(int64_t l) const { return inputs(l) + hidden_ + 1; }
 
@@ -187,7 +183,7 @@ class LstmCell {
     const Real* const grads = frame;
     Real* const z = frame + kBlock;
     for (int64_t i = 0; i < kBlock; ++i) {
-      const Real g = grads[i], size = absolute_of(g);
+      const Real g = grads[i], size = magnitude(g);
       const bool small = size < a_.least;
       z[i] = small ? Real(-1) : natural_log(size) / a_.p;
       z[kBlock + i] = small ? a_.steep * g : g > 0 ? Real(1) : g < 0 ? Real(-1) : g;

@@ -88,7 +88,7 @@ struct Network {
   const Team* team;
   Real* workspace;
   Real* kept;  // where what a Hessian-vector product needs from forward and backward lies, as workspace
-  const Real* known;  // at these parameters, on this workspace, backward has run before
+  const Real* known;  // at these parameters, on this workspace, backward has run before; null: at none
   const Real* input;  // value 0
   const Real* w;      // (params,)
 
@@ -146,7 +146,7 @@ struct Network {
     c.saved = kept_at(pass.saved[index]);
     c.tsaved = at(pass.tsaved[index]);
     c.scratch = at(pass.scratch);
-    c.w_is_known = known != nullptr && w == known;
+    c.w_is_known = w == known;
     c.team = team;
     c.last_lane = c.out->pixel;
     return c;

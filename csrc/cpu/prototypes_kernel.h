@@ -19,7 +19,7 @@
 //
 // Queries are taken in blocks that stay in the cache over all that is done with them: their scores are rows
 // of classes, which change places with their lanes for the softmax, so that neither is padded much. Norms
-// below means_.kLeastNorm count as that, a constant, as in torch.nn.functional.normalize.
+// below ClassMeans::kLeastNorm count as that, a constant, as in torch.nn.functional.normalize.
 //
 // A task's queries are cut into the same parts for any number of threads, and sums over them are in order.
 // What a mask takes away is never read into a sum. All is overwritten but what lies between rows of D and
@@ -67,7 +67,7 @@ class PrototypeTask {
         carver_(workspace),
         means_(head, at_once, carver_),
         row_(means_.row),
-        class_row_(in_whole_vectors<Real>(head.ways)) {
+        class_row_(Carver<Real>::whole(head.ways)) {
     const auto take = [&](int64_t count) { return carver_.take(count); };
     transposed_ = take(h_.features * class_row_);
     scores_ = take(kBlock * class_row_);
@@ -383,7 +383,7 @@ class PrototypeTask {
     }
   }
 
-  // The block's d_query, and what it adds to the means' cotangents, of W; `products`: of p' and q', else of
+  // The block's d_query, and what it adds to the means' cotangents, of W; by `products`, or by
   // differences.
   void pull_block(int64_t first, int64_t n, bool products) {
     const bool cosine = h_.metric == Metric::cosine;

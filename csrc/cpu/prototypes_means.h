@@ -14,17 +14,6 @@ namespace METAFAST_ISA {
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
-// As whole vectors of any instruction set.
-template <class Real>
-inline int64_t in_whole_vectors(int64_t count) {
-  constexpr int64_t kVector = kVectorBytes / int64_t(sizeof(Real));
-  return (count + kVector - 1) / kVector * kVector;
-}
-template <class Real>
-inline Real magnitude(Real x) {
-  return x < 0 ? -x : x;
-}
-
 template <class Real>
 class ClassMeans {
  public:
@@ -33,7 +22,7 @@ class ClassMeans {
   static constexpr Real kNear = 3;  // |p - m|^2 of classes that are near each other
 
   ClassMeans(const PrototypeHead<Real>& head, bool at_once, Carver<Real>& workspace)
-      : row(in_whole_vectors<Real>(head.features)), h_(head) {
+      : row(Carver<Real>::whole(head.features)), h_(head) {
     const bool centred = at_once && h_.metric == Metric::sqeuclidean;
     rows = workspace.take(h_.ways * row);
     unit = h_.metric == Metric::cosine || centred ? workspace.take(h_.ways * row) : rows;
@@ -100,9 +89,9 @@ class ClassMeans {
       if (inverse[c] < 0) std::fill_n(rows + c * row, row, Real(0));
     }
   }
-  // unit = p', squares = |p_c|^2 - |m|^2 (zeros for classes that are not there), and whether products
-  // may stand for differences: with R = max |p'|, the rounding of distances is then that of R^2 + 2 R |q|, of
-  // R^2 + 2 R |q - m| that is, a few units at most or less than |q - p|^2.
+  // unit = p', squares = |p_c|^2 - |m|^2 (zeros for classes that are not there), and whether products may
+  // stand for differences: they round as R^2 + 2 R |q| does, R = max |p'|. Where R^2 <= kNear and |m| <= R
+  // that is a few units for queries that are near, and less than |q - p|^2 for those that are far.
   bool centre() {
     Real there = 0, radius = 0;
     std::fill_n(centre_, row, Real(0));

@@ -445,7 +445,7 @@ std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradie
   layout.query_tape = take(query_losses && wants_gradient ? std::max<int64_t>(steps - 1, 0) : 0);
   layout.sum = take(wants_gradient && params_are_short() ? 1 : 0);
   layout.stamp = layout.size;
-  layout.size += kVectorBytes / element_;
+  layout.size += lanes_;
   layout.rule = layout.size;
   layout.size += rule;
   if (layouts_.size() == kMostLayouts) layouts_.erase(layouts_.begin());

@@ -11,10 +11,13 @@ template <class Real>
 class Carver {
  public:
   [[gnu::always_inline]] explicit Carver(Real* memory) : memory_(memory) {}
-  [[gnu::always_inline]] Real* take(int64_t count) {
+  [[gnu::always_inline]] static int64_t whole(int64_t count) {
     constexpr int64_t kVector = kVectorBytes / int64_t(sizeof(Real));
+    return (count + kVector - 1) / kVector * kVector;
+  }
+  [[gnu::always_inline]] Real* take(int64_t count) {
     Real* const at = memory_ == nullptr ? nullptr : memory_ + size_;
-    size_ += (count + kVector - 1) / kVector * kVector;
+    size_ += whole(count);
     return at;
   }
   [[gnu::always_inline]] int64_t size() const { return size_; }

@@ -21,6 +21,10 @@ namespace metafast::prototypes {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
+// As autograd saves what may be missing, and back.
+inline Tensor or_none(const Maybe& t) { return t.value_or(Tensor()); }
+inline Maybe maybe(const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; }
+
 // An operator by its name, for a call through the dispatcher.
 template <class Signature>
 auto find(const char* name) {

@@ -116,7 +116,6 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                        ways_mask, scale);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({d_support, d_query});
-    const auto or_none = [](const Maybe& t) { return t.value_or(Tensor()); };
     ctx->save_for_backward({support, support_labels, query, query_labels, or_none(support_mask),
                             or_none(query_mask), or_none(ways_mask), d_support, d_query});
     ctx->saved_data["ways"] = ways;
@@ -140,7 +139,6 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       // Only where the backward is differentiated itself need it pass by its own derivative, in Python.
       std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
       if (!again) guard.emplace();
-      const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
       std::tie(result[0], result[2]) =
           op.call(d_losses, saved[0], saved[1], saved[2], saved[3], ctx->saved_data["ways"].toInt(),
                   ctx->saved_data["metric"].toStringView(), maybe(saved[4]), maybe(saved[5]), maybe(saved[6]),

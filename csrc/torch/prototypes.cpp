@@ -253,7 +253,6 @@ struct HeadFunction : torch::autograd::Function<HeadFunction> {
         support, support_labels, query, query_labels, ways, metric, support_mask, query_mask, ways_mask);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({means, residual});
-    const auto or_none = [](const Maybe& t) { return t.value_or(Tensor()); };
     ctx->save_for_backward({support, support_labels, query, or_none(query_labels), logits, means, residual,
                             or_none(support_mask), or_none(query_mask), or_none(ways_mask)});
     ctx->saved_data["ways"] = ways;
@@ -263,7 +262,6 @@ struct HeadFunction : torch::autograd::Function<HeadFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
     variable_list result(9);  // one for each argument of forward
-    const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
     // Of no labels there are no losses, and nothing that their cotangent would say.
     const variable_list saved = ctx->get_saved_variables();
     const Maybe d_losses = saved[3].defined() ? maybe(cotangents[0]) : std::nullopt,

@@ -52,12 +52,11 @@ def prototype_loss(
     masks = (support_mask, query_mask, ways_mask)
     check_arguments(support, support_labels, query, ways, metric, *masks)
     check_plan("query_labels", query_labels, (query.shape[0], query.shape[1]), torch.int64, query.device)
-    if _at_once(support, query):
-        scale = 1 / support.shape[0]
-        arguments = (support, support_labels, query, query_labels, ways, metric, *masks, scale)
-        losses: Tensor = torch.ops.metafast.prototype_loss(*arguments)[0]
-        return losses
-    return head(support, support_labels, query, query_labels, ways, metric, *masks)[0]
+    arguments = (support, support_labels, query, query_labels, ways, metric, *masks)
+    if not _at_once(support, query):
+        return head(*arguments)[0]
+    losses: Tensor = torch.ops.metafast.prototype_loss(*arguments, 1 / support.shape[0])[0]
+    return losses
 
 
 def _at_once(support: Tensor, query: Tensor) -> bool:

@@ -14,6 +14,24 @@ from tests.backends import device_of
 
 BAR = 1e-10
 
+# Around vectors (4 to 16 lanes), groups of 16 and blocks of 96 queries, and depths of 256 features; one class, one
+# feature: tasks, classes, shots, queries, features.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (3, 5, 2, 7, 17),
+    (2, 2, 1, 15, 15),
+    (1, 3, 1, 16, 16),
+    (2, 5, 1, 75, 64),
+    (1, 20, 2, 97, 33),
+    (2, 9, 1, 96, 31),
+    (9, 4, 1, 17, 48),
+    (1, 60, 1, 113, 8),
+    (1, 65, 1, 5, 3),
+    (1, 65, 1, 113, 3),
+    (2, 7, 3, 61, 257),
+    (1, 17, 1, 6, 512),
+]
+
 
 @dataclass(frozen=True)
 class Head:

@@ -14,7 +14,7 @@ import metafast as mf
 from metafast.ops.prototypes import METRICS
 from tests.backends import in_every_order, on_backends, on_kernels, poisoned
 from tests.backends import native as needs_kernels
-from tests.ops.heads import Head, arguments, close, problem, ragged
+from tests.ops.heads import SIZES, Head, arguments, close, problem, ragged
 from tests.ops.heads import masked as with_masks
 
 on_metrics = pytest.mark.parametrize("metric", METRICS)
@@ -50,21 +50,6 @@ def gradients(
     leaves = [head.support.detach().requires_grad_(), head.query.detach().requires_grad_()]
     losses = by(head, metric, *leaves)
     return [losses.detach(), *torch.autograd.grad(reduce(losses), leaves)]
-
-
-# Around vectors, groups of 16 and blocks of 96 queries, and depths of 256 features; one class, one feature.
-SIZES = [
-    (1, 1, 1, 1, 1),
-    (3, 5, 2, 7, 17),
-    (2, 2, 1, 15, 15),
-    (1, 3, 1, 16, 16),
-    (2, 5, 1, 75, 64),
-    (1, 20, 2, 97, 33),
-    (9, 4, 1, 17, 48),
-    (1, 65, 1, 113, 3),
-    (2, 7, 3, 61, 257),
-    (1, 17, 1, 6, 512),
-]
 
 
 @on_backends

@@ -118,6 +118,11 @@ inline V select(M condition, V a, V b) {
   return condition ? a : b;
 }
 
+template <class Real>
+inline Real magnitude(Real x) {
+  return x < 0 ? -x : x;
+}
+
 // The sum of all lanes, by halves.
 template <class Real, int kHalf = kLanes<Real> / 2>
 inline Real sum_of_lanes(Vec<Real> v) {
