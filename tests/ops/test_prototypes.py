@@ -403,6 +403,7 @@ TWO_OF_THREE = torch.tensor([[True, True, True], [True, False, True]])
             "query_mask: every task needs a query, task 1 has none",
             {"query_mask": torch.tensor([[True] * 4, [False] * 4])},
         ),
+        ("query_labels: expected a tensor, got None", {"query_labels": None}),
         (r"support_mask: expected shape \(2, 6\)", {"support_mask": torch.ones(2, 5, dtype=torch.bool)}),
         (r"query_mask: expected a bool mask", {"query_mask": torch.ones(2, 4)}),
         (r"ways_mask: expected shape \(2, 3\)", {"ways_mask": torch.ones(3, dtype=torch.bool)}),
