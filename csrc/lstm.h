@@ -34,7 +34,7 @@ struct Lstm {
   const Real* state;               // (L, 2, N, H): h, c
   Real *updates, *next;            // forward: (K, N), (L, 2, N, H)
   const Real *d_updates, *d_next;  // backward: cotangents of these, null: zero
-  Real *d_grads, *d_state;         // of these
+  Real *d_grads, *d_state;         // of these; the latter null on the CPU: not wanted
   int64_t tasks = 1;               // T, on CUDA
 };
 

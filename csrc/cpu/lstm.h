@@ -7,12 +7,14 @@ namespace metafast::cpu {
 
 template <class Real>
 struct LstmFunctions {
-  // Elements of a thread's workspace, which may hold anything.
+  // Elements of a thread's workspace, which may hold anything, or where `used` what the same function left
+  // there for other blocks of the same Lstm.
   int64_t (*workspace)(const Lstm<Real>&, bool backward);
   // Blocks [begin, end) of coordinates.
-  void (*forward)(const Lstm<Real>&, int64_t begin, int64_t end, Real* workspace);
+  void (*forward)(const Lstm<Real>&, int64_t begin, int64_t end, Real* workspace, bool used);
   // The same, and d_weights, all of them in a row, of these blocks; overwrites.
-  void (*backward)(const Lstm<Real>&, int64_t begin, int64_t end, Real* d_weights, Real* workspace);
+  void (*backward)(const Lstm<Real>&, int64_t begin, int64_t end, Real* d_weights, Real* workspace,
+                   bool used);
 };
 
 struct LstmTable {

@@ -124,7 +124,7 @@ class LearnedRule {
     result_ = carver_.take(blocks_ * kBlock);
     if (workspace == nullptr) return;
     cell_.pack(wants_gradient);
-    for (int64_t b = 0; job.steps > 0 && b < blocks_; ++b) cell_.start(cell_.carried(frame(0, b)));
+    for (int64_t b = 0; job.steps > 0 && b < blocks_; ++b) cell_.start(frame(0, b));
     if (!wants_gradient) return;
     cell_.begin();
     cut();
@@ -138,7 +138,7 @@ class LearnedRule {
     for (int64_t b = 0; b < blocks_; ++b) {
       std::copy_n(user_ + b * kBlock, kBlock, cell_.grads(frame(k, b)));
       cell_.forward(frame(k, b), gates(k, b), k + 1 < job_.steps ? frame(k + 1, b) : nullptr, from_zero(k));
-      cell_.updates(result_ + b * kBlock);
+      cell_.updates(gates(k, b), result_ + b * kBlock);
     }
     for (int64_t i = 0; i < job_.program->params; ++i)
       to[i] = moves(i) ? from[i] - job_.rate * result_[job_.learned->place[i]] : from[i];
@@ -149,11 +149,7 @@ class LearnedRule {
     alignas(kVectorBytes) Real d_updates[kBlock];
     for (int64_t b = 0; b < blocks_; ++b) {
       for (int64_t i = 0; i < kBlock; ++i) d_updates[i] = -job_.rate * user_[b * kBlock + i];
-      if (gates_kept_) {
-        cell_.restore(frame(k, b), gates(k, b), from_zero(k));
-      } else {
-        cell_.forward(frame(k, b), gates(k, b), nullptr, from_zero(k));
-      }
+      if (!gates_kept_) cell_.forward(frame(k, b), gates(k, b), nullptr, from_zero(k));
       cell_.backward(frame(k, b), gates(k, b), d_updates, carry_ + b * cell_.carry_size(),
                      result_ + b * kBlock, from_zero(k), !from_zero(k));
     }

@@ -70,7 +70,7 @@ struct Held {
 constexpr int64_t kMostParts = 64;
 constexpr int64_t kBlocksAThread = 16;  // below them a second thread costs more than it brings
 
-// run(part, begin, end, workspace) for parts of the blocks, the same ones for any number of threads.
+// run(part, begin, end, workspace, used) for parts of the blocks, the same ones for any number of threads.
 template <class Real, class Run>
 int64_t for_each_part(const Lstm<Real>& a, bool backward, const at::TensorOptions& options, const Run& run) {
   const int64_t blocks = lstm_blocks<Real>(a.coordinates);
@@ -83,9 +83,9 @@ int64_t for_each_part(const Lstm<Real>& a, bool backward, const at::TensorOption
   // for milliseconds, on the cores that a pool would want. Whoever is free takes the next part.
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
-    for (int64_t part = taken++; part < parts; part = taken++) {
-      run(part, part * blocks / parts, (part + 1) * blocks / parts, memory + worker * size);
-    }
+    bool used = false;
+    for (int64_t part = taken++; part < parts; part = taken++, used = true)
+      run(part, part * blocks / parts, (part + 1) * blocks / parts, memory + worker * size, used);
   });
   return parts;
 }
@@ -111,20 +111,21 @@ Forward forward_by(const Tensor& grads, const Tensor& state, at::TensorList weig
   return {updates, next};
 }
 
-// The same of the backward: run(const Lstm<Real>&, Real* d_weights), which finds zeros there.
+// The same of the backward: run(const Lstm<Real>&, Real* d_weights), which finds zeros there, and where
+// `may_leave` a null d_state if that is not wanted.
 template <class Run>
 Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional<Tensor>& d_next,
                      const Tensor& grads, const Tensor& state, at::TensorList weights, double p,
-                     const Run& run) {
+                     bool wants_state, bool may_leave, const Run& run) {
   check(grads, state, weights);
   if (d_updates) check_tensor("d_updates", *d_updates, grads.sizes(), grads.scalar_type(), grads.device());
   if (d_next) check_tensor("d_next", *d_next, state.sizes(), grads.scalar_type(), grads.device());
   int64_t count = 0;
   for (const Tensor& w : weights) count += w.numel();
-  const Tensor d_grads = at::empty(grads.sizes(), grads.options()),
-               d_state = at::empty(state.sizes(), state.options());
+  const Tensor d_grads = at::empty(grads.sizes(), grads.options()), nothing = at::empty({0}, state.options()),
+               d_state = wants_state || !may_leave ? at::empty(state.sizes(), state.options()) : nothing;
   const Tensor d_weights = at::zeros({count}, grads.options());
-  if (grads.numel() == 0) return {d_grads, d_state, d_weights};
+  if (grads.numel() == 0) return {d_grads, wants_state ? d_state : nothing, d_weights};
   with_real(grads.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
@@ -132,10 +133,10 @@ Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional
     a.d_updates = d_updates ? held.hold(*d_updates) : nullptr;
     a.d_next = d_next ? held.hold(*d_next) : nullptr;
     a.d_grads = d_grads.mutable_data_ptr<Real>();
-    a.d_state = d_state.mutable_data_ptr<Real>();
+    a.d_state = wants_state || !may_leave ? d_state.mutable_data_ptr<Real>() : nullptr;
     run(std::as_const(a), d_weights.mutable_data_ptr<Real>());
   });
-  return {d_grads, d_state, d_weights};
+  return {d_grads, wants_state ? d_state : nothing, d_weights};
 }
 
 // Several steps at once are the CPU's alone.
@@ -152,18 +153,25 @@ Forward lstm_update_cpu(const Tensor& grads, const Tensor& state, at::TensorList
       return simt::lstm_update(a, workspace.mutable_data_ptr<Real>(), nullptr);
     }
 #endif
-    for_each_part(a, false, grads.options(), [&](int64_t, int64_t begin, int64_t end, Real* workspace) {
-      functions<Real>().forward(a, begin, end, workspace);
-    });
+    for_each_part(a, false, grads.options(),
+                  [&](int64_t, int64_t begin, int64_t end, Real* workspace, bool used) {
+                    functions<Real>().forward(a, begin, end, workspace, used);
+                  });
   });
 }
 
 // The cotangents of grads and state, and those of the weights one after the other.
 Backward lstm_update_backward_cpu(const std::optional<Tensor>& d_updates, const std::optional<Tensor>& d_next,
-                                  const Tensor& grads, const Tensor& state, at::TensorList weights,
-                                  double p) {
+                                  const Tensor& grads, const Tensor& state, at::TensorList weights, double p,
+                                  bool wants_state) {
+#ifdef METAFAST_WITH_SIMT
+  const bool may_leave = !simt_forced;
+#else
+  constexpr bool may_leave = true;
+#endif
   return backward_by(
-      d_updates, d_next, grads, state, weights, p, [&]<class Real>(const Lstm<Real>& a, Real* d_weights) {
+      d_updates, d_next, grads, state, weights, p, wants_state, may_leave,
+      [&]<class Real>(const Lstm<Real>& a, Real* d_weights) {
 #ifdef METAFAST_WITH_SIMT
         if (simt_forced) {
           check_one_step(a.steps);
@@ -172,13 +180,15 @@ Backward lstm_update_backward_cpu(const std::optional<Tensor>& d_updates, const 
         }
 #endif
         const int64_t count = a.rule->count();
-        std::vector<Real> rows(size_t(kMostParts * count));
-        const int64_t parts = for_each_part(
-            a, true, grads.options(), [&](int64_t part, int64_t begin, int64_t end, Real* workspace) {
-              functions<Real>().backward(a, begin, end, rows.data() + part * count, workspace);
-            });
+        const Tensor of_parts = at::empty({kMostParts, count}, grads.options());
+        Real* const rows = of_parts.mutable_data_ptr<Real>();
+        const int64_t parts =
+            for_each_part(a, true, grads.options(),
+                          [&](int64_t part, int64_t begin, int64_t end, Real* workspace, bool used) {
+                            functions<Real>().backward(a, begin, end, rows + part * count, workspace, used);
+                          });
         for (int64_t part = 0; part < parts; ++part) {
-          for (int64_t i = 0; i < count; ++i) d_weights[i] += rows[size_t(part * count + i)];
+          for (int64_t i = 0; i < count; ++i) d_weights[i] += rows[part * count + i];
         }
       });
 }

@@ -18,8 +18,8 @@ from metafast import _check, _native
 _LIBRARY = torch.library.Library("metafast", "FRAGMENT")
 _LIBRARY.define("lstm_update(Tensor grads, Tensor state, Tensor[] weights, float p) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "lstm_update_backward(Tensor? d_updates, Tensor? d_next, Tensor grads, Tensor state, Tensor[] weights, float p)"
-    " -> (Tensor, Tensor, Tensor)"
+    "lstm_update_backward(Tensor? d_updates, Tensor? d_next, Tensor grads, Tensor state, Tensor[] weights, float p,"
+    " bool wants_state=True) -> (Tensor, Tensor, Tensor)"
 )
 _KERNELS = ("cpu", "simt", "cuda")
 MOST_LAYERS = 8  # of the kernels, csrc/lstm.h
@@ -141,11 +141,17 @@ def _twin(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tupl
 
 
 def _twin_backward(
-    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+    d_updates: Tensor | None,
+    d_next: Tensor | None,
+    grads: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    p: float,
+    wants_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of grads, of state and of all weights in a row, by autograd through the twin."""
+    """Cotangents of grads, of state (where it is wanted) and of all weights in a row, by autograd through the twin."""
     d_grads, d_state, *d_weights = _pull(d_updates, d_next, [grads, state, *weights], p, again=False)
-    return d_grads, d_state, torch.cat([d.reshape(-1) for d in d_weights])
+    return d_grads, d_state if wants_state else state.new_empty(0), torch.cat([d.reshape(-1) for d in d_weights])
 
 
 def _pull(
@@ -168,14 +174,22 @@ def _fake(grads: Tensor, state: Tensor, weights: list[Tensor], p: float) -> tupl
 
 
 def _fake_backward(
-    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+    d_updates: Tensor | None,
+    d_next: Tensor | None,
+    grads: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    p: float,
+    wants_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = sum(w.numel() for w in weights)
-    return grads.new_empty(grads.shape), state.new_empty(state.shape), grads.new_empty(count)
+    d_state = state.new_empty(state.shape if wants_state else 0)
+    return grads.new_empty(grads.shape), d_state, grads.new_empty(count)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, list[Tensor], float], output: Any) -> None:
     grads, state, weights, ctx.p = inputs
+    ctx.wants_state = state.requires_grad
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grads, state, *weights)
 
@@ -188,18 +202,24 @@ def _backward(ctx: Any, d_updates: Tensor | None, d_next: Tensor | None) -> tupl
         # The kernel has no derivative of its own; the twin has them all.
         d_grads, d_state, *rest = _pull(d_updates, d_next, [grads, state, *weights], ctx.p, again=True)
         return d_grads, d_state, rest, None
-    d_grads, d_state, d_weights = lstm_vjp(d_updates, d_next, grads, state, weights, ctx.p)
-    return d_grads, d_state, list(d_weights), None
+    d_grads, d_state, d_weights = lstm_vjp(d_updates, d_next, grads, state, weights, ctx.p, ctx.wants_state)
+    return d_grads, d_state if ctx.wants_state else None, list(d_weights), None
 
 
 def lstm_vjp(
-    d_updates: Tensor | None, d_next: Tensor | None, grads: Tensor, state: Tensor, weights: list[Tensor], p: float
+    d_updates: Tensor | None,
+    d_next: Tensor | None,
+    grads: Tensor,
+    state: Tensor,
+    weights: list[Tensor],
+    p: float,
+    wants_state: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Cotangents of grads, state and each of the weights for those of the updates and of the next state; unchecked."""
+    """Cotangents of grads, state (if wanted) and each weight for those of updates and next state; unchecked."""
     cotangents = [d for d in (d_updates, d_next) if d is not None]
     native = _runs(grads, state, *weights, *cotangents)
     run = torch.ops.metafast.lstm_update_backward if native else _twin_backward
-    d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p)
+    d_grads, d_state, flat = run(d_updates, d_next, grads, state, weights, p, wants_state)
     parts = flat.split([w.numel() for w in weights])
     return d_grads, d_state, tuple(part.view(w.shape) for part, w in zip(parts, weights))
 

@@ -211,6 +211,45 @@ def test_one_cotangent_alone(which: str, backend: str) -> None:
 
 
 @on_kernels
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_states_cotangent_is_made_where_it_is_wanted(steps: int, backend: str) -> None:
+    """A state that requires no gradient gets none, and the others' are the same bits."""
+    if steps > 1 and backend != "cpu":
+        pytest.skip("several steps at once are the CPU's alone")
+    optimizer, grads, state = problem(70, 5, 2, torch.float32, device=device_of(backend))
+    weights = list(optimizer.weights)
+    grads = (grads if steps == 1 else torch.stack([grads] * steps)).requires_grad_()
+    pulled = []
+    for leaf in (state.detach(), state.detach().requires_grad_()):
+        with mf.use_backend(backend):
+            updates, carried = mf.ops.lstm_update(grads, leaf, weights)
+            (updates.square().sum() + carried.sum()).backward()
+        assert (leaf.grad is not None) == leaf.requires_grad
+        pulled.append([t.grad for t in (grads, *weights)])
+        for t in (grads, *weights):
+            t.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*pulled))
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_any_size(dtype: torch.dtype, backend: str) -> None:
+    """The kernels' own logarithm, near 1, at the ends of the range, and of what is no number."""
+    optimizer, _, _ = problem(1, 4, 1, dtype, device=device_of(backend))
+    ends = torch.finfo(dtype)
+    sizes = [0.0, ends.tiny / 8, ends.tiny, 1e-35, 1e-5, 1 - 2 * ends.eps, 1.0, 1 + ends.eps, 1.4142, ends.max]
+    grads = torch.tensor([*sizes, math.inf, math.nan, *(-s for s in sizes)], dtype=dtype, device=device_of(backend))
+    state = optimizer.init(len(grads))
+    found, wanted = [], []
+    for to, by in ((found, backend), (wanted, "torch")):
+        for p in (10.0, 80.0):
+            with mf.use_backend(by):
+                to += mf.ops.lstm_update(grads, state, list(optimizer.weights), p=p)
+    for mine, plain in zip(found, wanted):
+        torch.testing.assert_close(mine, plain, rtol=20 * ends.eps, atol=20 * ends.eps, equal_nan=True)
+
+
+@on_kernels
 def test_gradcheck_twice(backend: str) -> None:
     optimizer, _, state = problem(3, 2, 2, device=device_of(backend))
     grads = torch.tensor([0.3, -2.0, 1e-6], dtype=torch.float64, device=state.device)
@@ -233,6 +272,9 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(torch.ops.metafast.lstm_update, (grads.requires_grad_(), state, weights, 10.0))
         torch.library.opcheck(
             torch.ops.metafast.lstm_update_backward, (grads.detach(), None, grads.detach(), state, plain, 10.0)
+        )
+        torch.library.opcheck(
+            torch.ops.metafast.lstm_update_backward, (grads.detach(), None, grads.detach(), state, plain, 10.0, False)
         )
 
 

@@ -32,8 +32,9 @@ struct Numbers<float> {
   static constexpr float kLog2e = 1.44269504f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   static constexpr float kExpLeast = -104.5f, kExpMost = 89.0f;  // beyond: 0 and infinity
   static constexpr float kExpNormal = 87.0f;                     // e^x and e^-x are normal numbers
-  static constexpr float kNormalMost = 15.0f;                    // Phi(-15) is 0
-  static constexpr float kGeluTanhMost = 12.0f;                  // as far as its tanh is not 1
+  static constexpr float kLeastNormal = 0x1p-126f, kMost = 0x1.fffffep127f;
+  static constexpr float kNormalMost = 15.0f;    // Phi(-15) is 0
+  static constexpr float kGeluTanhMost = 12.0f;  // as far as its tanh is not 1
   static constexpr float kExp[] = {0.500000001f,   0.166666667f,   0.0416664646f,
                                    0.00833331089f, 0.00139336859f, 0.000198910307f};
   static constexpr float kLog[] = {0.666666852f, 0.399887348f, 0.295820236f};
@@ -52,6 +53,7 @@ struct Numbers<double> {
                           kLog2Low = 1.9082149292705878e-10;
   static constexpr double kExpLeast = -746.0, kExpMost = 710.0;
   static constexpr double kExpNormal = 708.0;
+  static constexpr double kLeastNormal = 0x1p-1022, kMost = 0x1.fffffffffffffp1023;
   static constexpr double kNormalMost = 40.0;
   static constexpr double kGeluTanhMost = 23.0;
   static constexpr double kExp[] = {0.5,
@@ -95,18 +97,26 @@ template <class Real>
 inline Vec<Real> absolute(Vec<Real> x) {
   return masked<Real>(x, ~Numbers<Real>::kSign);
 }
+// x, whose own sign is none, with that of `sign`.
+template <class Real>
+inline Vec<Real> give_sign(Vec<Real> x, Vec<Real> sign) {
+  using Bits = typename Numbers<Real>::Bits;
+  const Bits bits = reinterpret_cast<Bits>(x) | (reinterpret_cast<Bits>(sign) & Numbers<Real>::kSign);
+  return reinterpret_cast<Vec<Real>>(bits);
+}
 // |x| with the sign of `sign`.
 template <class Real>
 inline Vec<Real> with_sign(Vec<Real> x, Vec<Real> sign) {
-  using Bits = typename Numbers<Real>::Bits;
-  const Bits bits =
-      reinterpret_cast<Bits>(absolute<Real>(x)) | (reinterpret_cast<Bits>(sign) & Numbers<Real>::kSign);
-  return reinterpret_cast<Vec<Real>>(bits);
+  return give_sign<Real>(absolute<Real>(x), sign);
 }
-// x, at most `most`; NaN stays.
+// x, at most `most` and at least `least`; NaN stays.
 template <class Real>
 inline Vec<Real> at_most(Vec<Real> x, Real most) {
-  return x > most ? splat(most) : x;
+  return lesser(splat(most), x);
+}
+template <class Real>
+inline Vec<Real> at_least(Vec<Real> x, Real least) {
+  return greater(splat(least), x);
 }
 
 template <class Real>
@@ -120,8 +130,7 @@ inline Exponential<Real> exponential(Vec<Real> x, Vec<Real> tail = Vec<Real>{}) 
   using V = Vec<Real>;
   using N = Numbers<Real>;
   using Bits = typename N::Bits;
-  x = at_most<Real>(x, N::kExpMost);
-  x = x < N::kExpLeast ? splat(N::kExpLeast) : x;
+  x = at_least<Real>(at_most<Real>(x, N::kExpMost), N::kExpLeast);
   const V rounded = x * N::kLog2e + N::kRound;
   const V k = rounded - N::kRound;
   const V r = x - k * N::kLog2High - k * N::kLog2Low + tail;
@@ -135,16 +144,35 @@ inline Exponential<Real> exponential(Vec<Real> x, Vec<Real> tail = Vec<Real>{}) 
   return {(p + Real(1)) * scale * scale1, p * scale * scale1 + (scale * scale1 - Real(1))};
 }
 
-// log(1 + u) for u in [0, 1].
+// log(2^e (1 + u)) for u in [0, 1] and whole e.
 template <class Real>
-inline Vec<Real> log1p_unit(Vec<Real> u) {
+inline Vec<Real> log_by_parts(Vec<Real> e, Vec<Real> u) {
   using V = Vec<Real>;
   using N = Numbers<Real>;
   const auto large = u > Real(0.41421356237309503);  // then 1 + u = 2 (1 + f)
-  const V f = large ? (u - Real(1)) * Real(0.5) : u;
-  const V high = large ? splat(N::kLog2High) : V{}, low = large ? splat(N::kLog2Low) : V{};
+  const V f = large ? (u - Real(1)) * Real(0.5) : u, k = large ? e + Real(1) : e;
   const V s = f / (f + Real(2)), z = s * s, h = f * f * Real(0.5);
-  return high - ((h - (s * (h + z * polynomial<Real>(N::kLog, z)) + low)) - f);
+  return k * N::kLog2High - ((h - (s * (h + z * polynomial<Real>(N::kLog, z)) + k * N::kLog2Low)) - f);
+}
+template <class Real>
+inline Vec<Real> log1p_unit(Vec<Real> u) {
+  return log_by_parts<Real>(Vec<Real>{}, u);
+}
+// log x for x from 0 up.
+template <class Real>
+inline Vec<Real> natural_log(Vec<Real> x) {
+  using V = Vec<Real>;
+  using N = Numbers<Real>;
+  using Bits = typename N::Bits;
+  constexpr int kM = N::kMantissa;
+  const auto tiny = x < N::kLeastNormal;
+  const Bits bits = reinterpret_cast<Bits>(tiny ? x * Real(int64_t(1) << kM) : x);
+  const V power = __builtin_convertvector(reinterpret_cast<typename Simd<Real>::Mask>(bits >> kM), V);
+  const V e = power - (tiny ? splat(Real(N::kBias + kM)) : splat(Real(N::kBias)));
+  const Bits one = (bits & ~(~Bits{} << kM)) | (N::kBias << kM);
+  const V log = log_by_parts<Real>(e, reinterpret_cast<V>(one) - Real(1));
+  const V limit = x > V{} ? x : x - Real(__builtin_inf());  // of infinity and NaN, and of 0
+  return x > V{} && x <= N::kMost ? log : limit;
 }
 
 template <class Real>
@@ -169,11 +197,12 @@ inline ExponentialParts<Real> exponential_parts(Vec<Real> x) {
   using V = Vec<Real>;
   using N = Numbers<Real>;
   using Bits = typename N::Bits;
-  const V rounded = x * N::kLog2e + N::kRound;
-  const V k = rounded - N::kRound;
+  constexpr Real kRound = N::kRound + Real(N::kBias);
+  const V rounded = x * N::kLog2e + kRound;
+  const V k = rounded - kRound;
   const V r = x - k * N::kLog2High - k * N::kLog2Low;
-  // In the last bits of `rounded` stands k; what else it has is shifted out.
-  const Bits scale = (reinterpret_cast<Bits>(rounded) << N::kMantissa) + (N::kBias << N::kMantissa);
+  // In the last bits of `rounded` stands the exponent of 2^k; what else it has is shifted out.
+  const Bits scale = reinterpret_cast<Bits>(rounded) << N::kMantissa;
   return {r + r * r * polynomial<Real>(N::kExp, r), reinterpret_cast<V>(scale)};
 }
 
@@ -182,8 +211,7 @@ inline ExponentialParts<Real> exponential_parts(Vec<Real> x) {
 template <class Real>
 inline Vec<Real> logistic_value(Vec<Real> x) {
   using N = Numbers<Real>;
-  x = at_most<Real>(x, N::kExpNormal);
-  x = x < -N::kExpNormal ? splat(-N::kExpNormal) : x;
+  x = at_least<Real>(at_most<Real>(x, N::kExpNormal), -N::kExpNormal);
   const ExponentialParts<Real> e = exponential_parts<Real>(-x);
   return Real(1) / (Real(1) + (e.p * e.scale + e.scale));
 }
@@ -192,8 +220,8 @@ inline Vec<Real> tanh_value(Vec<Real> x) {
   using N = Numbers<Real>;
   const Vec<Real> z = at_most<Real>(absolute<Real>(x), N::kExpNormal / 2) * Real(-2);
   const ExponentialParts<Real> e = exponential_parts<Real>(z);
-  const Vec<Real> expm1 = e.p * e.scale + (e.scale - Real(1));
-  return with_sign<Real>(expm1 / (expm1 + Real(2)), x);
+  const Vec<Real> less = (Real(1) - e.scale) - e.p * e.scale;  // 1 - e^z
+  return give_sign<Real>(less / (Real(2) - less), x);
 }
 
 template <class Real>

@@ -7,7 +7,7 @@
 #error "define METAFAST_ISA, the instruction set's namespace, before including a kernel"
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -111,6 +111,33 @@ inline Vec<double> high_from(Vec<double> high, Vec<double> low) {
 }
 inline Vec<float> twice(const float* p) { return _mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(p)); }
 inline Vec<double> twice(const double* p) { return _mm512_maskz_broadcast_f64x4(0xff, _mm256_loadu_pd(p)); }
+#endif
+// a < b ? a : b and a > b ? a : b, which is b where one of them is NaN: an instruction of x86, though
+// compilers make two of them.
+#if defined(__AVX512F__)
+inline Vec<float> lesser(Vec<float> a, Vec<float> b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+inline Vec<double> lesser(Vec<double> a, Vec<double> b) { return _mm512_maskz_min_pd(0xff, a, b); }
+inline Vec<float> greater(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+inline Vec<double> greater(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, a, b); }
+#elif defined(__AVX2__)
+inline Vec<float> lesser(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+inline Vec<double> lesser(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a, b); }
+inline Vec<float> greater(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+inline Vec<double> greater(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+#elif defined(__x86_64__)
+inline Vec<float> lesser(Vec<float> a, Vec<float> b) { return _mm_min_ps(a, b); }
+inline Vec<double> lesser(Vec<double> a, Vec<double> b) { return _mm_min_pd(a, b); }
+inline Vec<float> greater(Vec<float> a, Vec<float> b) { return _mm_max_ps(a, b); }
+inline Vec<double> greater(Vec<double> a, Vec<double> b) { return _mm_max_pd(a, b); }
+#else
+template <class V>
+inline V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V greater(V a, V b) {
+  return a > b ? a : b;
+}
 #endif
 // a where the condition (a comparison of vectors) holds, else b.
 template <class V, class M>
