@@ -5,7 +5,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/dot.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -23,6 +22,7 @@
 #include "gpu.h"
 #include "lstm_weights.h"
 #include "metric.h"
+#include "uninitialized.h"
 
 namespace metafast {
 
@@ -162,7 +162,7 @@ class Engine::Call {
   void run_at_once() {
     const at::TensorOptions options = at::TensorOptions().dtype(engine_.dtype_).device(gpu_->device());
     const Tensor workspaces = at::zeros({job.one_launch ? 0 : job.tasks, job.layout->size}, options),
-                 shared = at::empty({shared_}, options);
+                 shared = uninitialized({shared_}, options);
     job.products = gpu_->products<Real>();
     gpu_->functions<Real>().run(job, workspaces.mutable_data_ptr<Real>(), shared.mutable_data_ptr<Real>(),
                                 gpu_->stream());
@@ -231,8 +231,8 @@ Tensor Engine::single(What what, const Tensor& phi, const Tensor& constants, con
                fixed = constants.defined() ? constants.contiguous() : constants;
   const Side held = contiguous(side);
   const Tensor along = vector == nullptr ? Tensor() : vector->contiguous();
-  const Tensor result = what == What::outputs ? at::empty({tasks, samples, outputs}, phi.options())
-                                              : at::empty({tasks, adapting}, phi.options());
+  const Tensor result = what == What::outputs ? uninitialized({tasks, samples, outputs}, phi.options())
+                                              : uninitialized({tasks, adapting}, phi.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     Call<Real> call(*this, device, what, what != What::outputs, tasks, on_support ? samples : 0,
@@ -279,10 +279,10 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const Tensor rates = inner.rates ? inner.rates->contiguous() : Tensor();
   const at::TensorOptions options = theta.options();
   Unrolled result;
-  result.outcome.losses = at::empty({tasks}, options);
+  result.outcome.losses = uninitialized({tasks}, options);
   const bool compares = inner.ways > 0;
-  result.outcome.logits = at::empty({tasks, queries, compares ? inner.ways : outputs}, options);
-  if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = at::empty({tasks}, options);
+  result.outcome.logits = uninitialized({tasks, queries, compares ? inner.ways : outputs}, options);
+  if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = uninitialized({tasks}, options);
   // Sums over tasks are made as gradients come, of short ones by groups, of others in their turn. Rows of few
   // bytes stay in the cache; those of many threads are sooner summed by all of them at the end. The order is
   // the same, and so are the bits.
@@ -293,12 +293,12 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool by_groups = may_sum && groups > 1,
              sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
-    result.gradient = sums ? at::empty({program.params}, options)
-                           : at::empty({by_groups ? groups : tasks, program.params}, options);
+    result.gradient = sums ? uninitialized({program.params}, options)
+                           : uninitialized({by_groups ? groups : tasks, program.params}, options);
   }
   if (wants_rate_gradient) {
     const std::vector<int64_t> sizes{tasks, rates.size(0), program.params};
-    result.rate_gradient = inner.steps > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
+    result.rate_gradient = inner.steps > 0 ? uninitialized(sizes, options) : at::zeros(sizes, options);
   }
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
@@ -347,12 +347,12 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     job.accuracy = result.outcome.accuracy ? result.outcome.accuracy->mutable_data_ptr<Real>() : nullptr;
     job.gradient = wants_gradient ? result.gradient.mutable_data_ptr<Real>() : nullptr;
     if (wants_gradient && lstm) {
-      result.rule_gradient = at::empty({tasks, (**lstm).count_with_start()}, options);
+      result.rule_gradient = uninitialized({tasks, (**lstm).count_with_start()}, options);
       job.rule_gradient = result.rule_gradient.mutable_data_ptr<Real>();
     }
     std::vector<int32_t> ready(size_t(sums ? tasks : 0), 0);
     int64_t turn = 0;
-    const Tensor spare = sums ? at::empty({tasks, program.params}, options) : Tensor();  // hardly touched
+    const Tensor spare = sums ? uninitialized({tasks, program.params}, options) : Tensor();  // hardly touched
     if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
     if (by_groups) job.group = group;
     if (sums) {
@@ -364,7 +364,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     call.run();
     if (!by_groups) return;
     const std::vector<Real> ones(size_t(groups), Real(1));
-    const Tensor of_groups = std::exchange(result.gradient, at::empty({program.params}, options));
+    const Tensor of_groups = std::exchange(result.gradient, uninitialized({program.params}, options));
     engine_functions<Real>().weighted_sum(of_groups.const_data_ptr<Real>(), groups, groups, program.params,
                                           ones.data(), 0, program.params,
                                           result.gradient.mutable_data_ptr<Real>());
@@ -377,7 +377,7 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
     outcome.loss = at::dot(weights, outcome.losses);
     return;
   }
-  outcome.loss = at::empty({}, outcome.losses.options());
+  outcome.loss = uninitialized({}, outcome.losses.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     const Real *const w = weights.const_data_ptr<Real>(), *const losses =

@@ -99,7 +99,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::vector<int64_t> winograd_from() const;
 
  private:
-  friend struct MetaStepFunction;
+  friend struct MetaStepBackward;
 
   template <class Real>
   class Call;

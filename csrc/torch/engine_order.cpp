@@ -1,7 +1,6 @@
 // Vectors of parameters between the user's order and the engine's, and their sums over tasks.
 #include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -12,6 +11,7 @@
 #include "engine.h"
 #include "engine_data.h"
 #include "gpu.h"
+#include "uninitialized.h"
 
 namespace metafast {
 
@@ -26,7 +26,7 @@ Tensor Engine::flatten(const std::vector<Tensor>& params, at::Device device) con
     count += p.numel();
   }
   TORCH_CHECK_VALUE(count == adapting, "params: expected ", adapting, " numbers, got ", count);
-  const Tensor flat = at::empty({adapting}, at::TensorOptions().dtype(dtype_).device(device));
+  const Tensor flat = uninitialized({adapting}, at::TensorOptions().dtype(dtype_).device(device));
   for_parts(params, [&](const Tensor& p, int64_t at) {
     const Tensor held = p.contiguous();
     if (device.is_cpu()) {
@@ -56,7 +56,7 @@ Tensor Engine::ordered(const Tensor& theta, const Tensor& constants, const Tenso
   // The rates of all parameters, zeros for the constants.
   const Tensor each =
       rates.defined() || rows == 0 ? rates : at::full({program.adapting}, rate, theta.options());
-  const Tensor all = at::empty({1 + rows, program.params}, theta.options());
+  const Tensor all = uninitialized({1 + rows, program.params}, theta.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     const auto to_engine = [&](const Tensor& user, const Real* fixed, int64_t count, Real* to) {
@@ -81,7 +81,7 @@ int64_t Engine::group_of(int64_t tasks) const {
 Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights, int64_t group) const {
   const c10::DeviceGuard guard(rows.device());
   const int64_t tasks = rows.size(0), size = rows.numel() / tasks;
-  const Tensor sums = at::empty({size}, rows.options());
+  const Tensor sums = uninitialized({size}, rows.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     if (const auto gpu = Gpu::of(rows.device())) {
@@ -110,8 +110,8 @@ Tensor Engine::reduce(const Tensor& gradient, const Tensor& weights) {
   const int64_t tasks = gradient.size(0);
   const Tensor sums =
       gradient.dim() == 1 ? gradient : sum_tasks(gradient, weights, rows == 1 ? group_of(tasks) : tasks);
-  const Tensor flat = gradient.dim() == 3 ? at::empty({rows, program.adapting}, gradient.options())
-                                          : at::empty({program.adapting}, gradient.options());
+  const Tensor flat = gradient.dim() == 3 ? uninitialized({rows, program.adapting}, gradient.options())
+                                          : uninitialized({program.adapting}, gradient.options());
   with_real(dtype_, [&](auto real) {
     using Real = decltype(real);
     const Real* from = sums.const_data_ptr<Real>();

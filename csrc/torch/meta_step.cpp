@@ -1,7 +1,6 @@
 // A meta-step's two doors: through autograd, and straight into .grad.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
@@ -13,6 +12,8 @@
 
 #include "engine.h"
 #include "engine_data.h"
+#include "node.h"
+#include "uninitialized.h"
 
 namespace metafast {
 
@@ -24,7 +25,7 @@ Tensor weights_or_mean(const std::optional<Tensor>& weights, int64_t tasks,
                        const at::TensorOptions& options) {
   if (weights) return weights->detach().contiguous();
   if (!options.device().is_cpu()) return at::full({tasks}, 1.0 / double(tasks), options);
-  const Tensor mean = at::empty({tasks}, options);
+  const Tensor mean = uninitialized({tasks}, options);
   with_real(mean.scalar_type(), [&](auto real) {
     std::fill_n(mean.mutable_data_ptr<decltype(real)>(), tasks, decltype(real)(1.0 / double(tasks)));
   });
@@ -59,7 +60,7 @@ Tensor scaled(const Tensor& t, const Tensor& factor) {
       result = t;
       return;
     }
-    result = at::empty(t.sizes(), t.options());
+    result = uninitialized(t.sizes(), t.options());
     const Real* const from = t.const_data_ptr<Real>();
     Real* const to = result.mutable_data_ptr<Real>();
     for (int64_t i = 0; i < t.numel(); ++i) to[i] = by * from[i];
@@ -80,7 +81,7 @@ void cut(const Tensor& flat, const std::vector<Tensor>& like, variable_list& par
   for_parts(like, [&](const Tensor& t, int64_t at) {
     if (!flat.is_cpu()) return parts.push_back(part_of(flat, at, t).clone());
     const char* const from = static_cast<const char*>(flat.const_data_ptr());
-    parts.push_back(at::empty(t.sizes(), flat.options()));
+    parts.push_back(uninitialized(t.sizes(), flat.options()));
     std::memcpy(parts.back().mutable_data_ptr(), from + size_t(at) * flat.element_size(),
                 size_t(t.numel()) * flat.element_size());
   });
@@ -88,55 +89,38 @@ void cut(const Tensor& flat, const std::vector<Tensor>& like, variable_list& par
 
 }  // namespace
 
-// Everything that the backward of a meta-step needs besides tensors.
-struct MetaStepContext : torch::CustomClassHolder {
-  std::shared_ptr<Engine> engine;
-  Inner inner;
-};
-
 // The meta-gradient was computed with the meta-objective: what is left to the backward is a weighted sum over
-// tasks. Outputs: loss, losses (T,), logits (T, N, D).
-struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
-  static variable_list forward(AutogradContext* ctx, c10::intrusive_ptr<MetaStepContext> kept,
-                               at::TensorList leaves, Tensor rates, Tensor constants, Side support,
-                               Side query, Engine::Unrolled run, Tensor weights) {
-    // Outputs that nobody used have no cotangents: zeros in their place would cost a second run.
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
-    variable_list saved{run.gradient, run.rate_gradient, run.rule_gradient, weights, rates,
-                        constants,    support.x,         support.y,         query.x, query.y};
-    for (const Tensor& leaf : leaves) saved.push_back(leaf);
-    ctx->save_for_backward(std::move(saved));
-    return {run.outcome.loss, run.outcome.losses, run.outcome.logits};
-  }
+// tasks. From cotangents of loss, losses (T,) and logits (T, N, D) to those of parameters and of the LSTM's
+// weights, and of the rates.
+struct MetaStepBackward : SavingNode {
+  std::shared_ptr<Engine> engine;
+  Inner inner;  // its tensors are the saved ones
 
-  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    const auto capsule = ctx->saved_data["kept"].toCapsule();
-    const auto& kept = static_cast<const MetaStepContext&>(*capsule);
-    // Raises where a tensor was changed in place since.
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &gradient = saved[0], &rate_gradient = saved[1], &rule_gradient = saved[2],
-                 &weights = saved[3], &constants = saved[5];
-    const auto first_of_rule = saved.end() - std::ptrdiff_t(kept.inner.lstm.size());
-    const std::vector<Tensor> params(saved.begin() + 10, first_of_rule), of_rule(first_of_rule, saved.end());
+  std::string name() const override { return "MetaStepBackward"; }
+
+  variable_list apply(variable_list&& cotangents) override {
+    const variable_list kept = saved();
+    const Tensor &gradient = kept[0], &rate_gradient = kept[1], &rule_gradient = kept[2], &weights = kept[3],
+                 &constants = kept[5];
+    const auto first_of_rule = kept.end() - std::ptrdiff_t(inner.lstm.size());
+    const std::vector<Tensor> params(kept.begin() + 10, first_of_rule), of_rule(first_of_rule, kept.end());
     const bool of_rates = rate_gradient.defined();
     const bool again = at::GradMode::is_enabled();
     const at::NoGradGuard no_grad;
     const Tensor &d_loss = cotangents[0], &d_losses = cotangents[1], &d_logits = cotangents[2];
     Tensor flat, d_rates, d_rule;
     const auto add = [&](const Engine::Unrolled& run, const Tensor& each) {
-      add_to(flat, kept.engine->reduce(run.gradient, each));
-      if (of_rates) add_to(d_rates, kept.engine->reduce(run.rate_gradient, each));
+      add_to(flat, engine->reduce(run.gradient, each));
+      if (of_rates) add_to(d_rates, engine->reduce(run.rate_gradient, each));
       if (run.rule_gradient.defined())
-        add_to(d_rule, kept.engine->sum_tasks(run.rule_gradient, each, each.size(0)));
+        add_to(d_rule, engine->sum_tasks(run.rule_gradient, each, each.size(0)));
     };
     const auto again_along = [&](const std::optional<Tensor>& cotangent) {
-      Inner inner = kept.inner;
-      if (inner.rates) inner.rates = saved[4];
-      inner.lstm = of_rule;
-      return kept.engine->unroll(kept.engine->flatten(params, gradient.device()), constants,
-                                 {saved[6], saved[7]}, {saved[8], saved[9]}, inner, cotangent, true,
-                                 of_rates);
+      Inner with = inner;
+      if (kept[4].defined()) with.rates = kept[4];
+      with.lstm = of_rule;
+      return engine->unroll(engine->flatten(params, gradient.device()), constants, {kept[6], kept[7]},
+                            {kept[8], kept[9]}, with, cotangent, true, of_rates);
     };
     if (d_loss.defined() || d_losses.defined()) {
       Tensor each = d_loss.defined() ? scaled(weights, d_loss) : d_losses;
@@ -144,7 +128,7 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       const bool summed = gradient.dim() == 1;
       if (summed && d_losses.defined()) {
         // The tasks' own gradients were not kept; from now on they are.
-        kept.engine->sums_ = false;
+        engine->sums_ = false;
         add(again_along(std::nullopt), each.contiguous());
       } else {
         const Tensor own = summed ? scaled(gradient, d_loss) : gradient;
@@ -152,26 +136,23 @@ struct MetaStepFunction : torch::autograd::Function<MetaStepFunction> {
       }
     }
     if (d_logits.defined()) add(again_along(d_logits), at::ones({weights.size(0)}, gradient.options()));
-    if (!flat.defined()) return variable_list(1 + params.size() + of_rule.size() + 1 + kPlain);
     variable_list parts;
+    parts.reserve(num_outputs());
+    if (!flat.defined()) {
+      parts.resize(num_outputs());
+      return parts;
+    }
     cut(flat, params, parts);
     if (!of_rule.empty()) cut(d_rule, of_rule, parts);
-    parts.push_back(d_rates);
+    if (of_rates) parts.push_back(d_rates);
     if (again) {
       const at::AutoGradMode grad(true);
-      if (!of_rates) parts.pop_back();
       for (Tensor& part : parts) part.requires_grad_();
       parts = Once::apply(at::TensorList(parts));
-      if (!of_rates) parts.emplace_back();
     }
-    // One for each argument of forward, and for each tensor of the list.
-    variable_list result(1);
-    result.insert(result.end(), parts.begin(), parts.end());
-    result.resize(result.size() + kPlain);
-    return result;
+    parts.resize(num_outputs());
+    return parts;
   }
-
-  static constexpr size_t kPlain = 5;  // forward's arguments after leaves and rates
 };
 
 std::pair<Engine::Unrolled, Tensor> Engine::judge(const std::vector<Tensor>& params, const Tensor& constants,
@@ -198,21 +179,24 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
       at::GradMode::is_enabled() &&
       (std::any_of(leaves.begin(), leaves.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
        (inner.rates && inner.rates->requires_grad()));
+  if (differentiable) check_plain_autograd("a meta-step", leaves);
   const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
   const auto [run, w] = judge(params, constants, support, query, inner, weights, differentiable, of_rates);
-  if (!differentiable) return run.outcome;
-  const auto kept = c10::make_intrusive<MetaStepContext>();
-  kept->engine = shared_from_this();
-  kept->inner = inner;
-  // The saved tensors are the ones to use.
-  if (inner.rates) kept->inner.rates = inner.rates->detach();
-  for (Tensor& t : kept->inner.lstm) t = t.detach();
-  // Autograd's own arguments must be tensors, defined ones.
-  const Tensor none = at::empty({0}, w.options());
-  const Tensor fixed = constants.defined() ? constants : none;
-  const variable_list outputs = MetaStepFunction::apply(
-      kept, at::TensorList(leaves), inner.rates ? *inner.rates : none, fixed, support, query, run, w);
-  return {outputs[0], outputs[1], outputs[2], run.outcome.accuracy};
+  const MetaOutcome& outcome = run.outcome;
+  if (!differentiable) return outcome;
+  const auto node = make_node<MetaStepBackward>();
+  node->set_next_edges(inner.rates ? torch::autograd::collect_next_edges(at::TensorList(leaves), *inner.rates)
+                                   : torch::autograd::collect_next_edges(at::TensorList(leaves)));
+  node->engine = shared_from_this();
+  node->inner = inner;
+  node->inner.rates.reset();
+  for (Tensor& t : node->inner.lstm) t.reset();
+  node->save({run.gradient, run.rate_gradient, run.rule_gradient, w, inner.rates.value_or(Tensor()),
+              constants, support.x, support.y, query.x, query.y},
+             leaves);
+  for (const Tensor& t : {outcome.loss, outcome.losses, outcome.logits})
+    torch::autograd::set_history(t, node);
+  return outcome;
 }
 
 namespace {
@@ -224,7 +208,7 @@ void add_to_grad(const Tensor& p, const Real* part) {
   const int64_t count = p.numel();
   Tensor& grad = p.mutable_grad();
   if (!grad.defined()) {
-    grad = at::empty(p.sizes(), p.options().requires_grad(false));
+    grad = uninitialized(p.sizes(), p.options().requires_grad(false));
     std::memcpy(grad.mutable_data_ptr<Real>(), part, size_t(count) * sizeof(Real));
     return;
   }

@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +14,7 @@
 #include "../cpu/prototypes.h"
 #include "checks.h"
 #include "metric.h"
+#include "uninitialized.h"
 
 namespace metafast::prototypes {
 
@@ -117,9 +117,11 @@ struct Arguments {
   }
   void check_range(const char* name, const int64_t* labels, const bool* mask, int64_t count) const {
     if (mask == nullptr) {
-      uint64_t outside = 0;  // without a branch: many labels are looked at in no time
-      for (int64_t n = 0; n < count; ++n) outside |= uint64_t(labels[n]) >= uint64_t(ways);
-      if (outside == 0) return;
+      // Signs of labels and of what is left above them: several at once, and without a branch.
+      uint64_t outside = 0;
+      for (int64_t n = 0; n < count; ++n)
+        outside |= uint64_t(labels[n]) | (uint64_t(ways - 1) - uint64_t(labels[n]));
+      if (int64_t(outside) >= 0) return;
     }
     int64_t least = ways, most = -1;
     for (int64_t n = 0; n < count; ++n) {
@@ -160,7 +162,7 @@ struct Arguments {
     const int64_t most = std::min<int64_t>(at::get_num_threads(), items);
     const int64_t threads = std::clamp<int64_t>(work / kGrain, 1, most);
     const int64_t size = functions<Real>().workspace(h, at_once);
-    const Tensor workspaces = at::empty({threads, size}, support.options());
+    const Tensor workspaces = uninitialized({threads, size}, support.options());
     Real* const memory = workspaces.mutable_data_ptr<Real>();
     // torch's own threads, see lstm.cpp. Whoever is free takes the next item.
     std::atomic<int64_t> taken{0};
@@ -186,7 +188,7 @@ void write_losses(const Arguments& a, const std::vector<double>& sums, int64_t p
 template <class Real>
 Tensor d_means_of_parts(const Arguments& a, PrototypeHead<Real>& h) {
   if (h.parts == 1) return {};
-  const Tensor rows = at::empty({a.tasks, h.parts, functions<Real>().d_means(h)}, a.support.options());
+  const Tensor rows = uninitialized({a.tasks, h.parts, functions<Real>().d_means(h)}, a.support.options());
   h.d_means = rows.mutable_data_ptr<Real>();
   return rows;
 }

@@ -9,12 +9,13 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "node.h"
 #include "prototype_arguments.h"
 #include "simt.h"
+#include "uninitialized.h"
 
 namespace metafast {
 namespace {
@@ -57,9 +58,9 @@ Losses prototype_loss_cpu(const Tensor& support, const Tensor& support_labels, c
   const Arguments a(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
                     ways_mask);
   const auto options = a.support.options();
-  const Tensor losses = at::empty({a.tasks}, options);
-  const Tensor d_support = at::empty(a.support.sizes(), options),
-               d_query = at::empty(a.query.sizes(), options);
+  const Tensor losses = uninitialized({a.tasks}, options);
+  const Tensor d_support = uninitialized(a.support.sizes(), options),
+               d_query = uninitialized(a.query.sizes(), options);
   with_real(a.support.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     PrototypeHead<Real> h = a.head<Real>();
@@ -69,7 +70,7 @@ Losses prototype_loss_cpu(const Tensor& support, const Tensor& support_labels, c
     h.sums = sums.data(), h.d_sums = d_sums.data();
     h.d_support = d_support.mutable_data_ptr<Real>(), h.d_query = d_query.mutable_data_ptr<Real>();
     const Tensor rows = d_means_of_parts(a, h);
-    const Tensor means = at::empty({h.parts > 1 ? a.tasks : 0, a.ways, a.features}, options);
+    const Tensor means = uninitialized({h.parts > 1 ? a.tasks : 0, a.ways, a.features}, options);
     h.means = means.mutable_data_ptr<Real>();
     a.for_each(h, h.parts, true, [&](int64_t task, int64_t part, Real* workspace) {
       functions<Real>().gradients(h, task, part, workspace);
@@ -103,33 +104,21 @@ bool is_all(const Tensor& d, double scale) {
   return all;
 }
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct LossFunction : torch::autograd::Function<LossFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
-                               const Tensor& query, const Tensor& query_labels, int64_t ways,
-                               std::string metric, const Maybe& support_mask, const Maybe& query_mask,
-                               const Maybe& ways_mask, double scale) {
-    const auto [losses, d_support, d_query] =
-        below_autograd(support, support_labels, query, query_labels, ways, metric, support_mask, query_mask,
-                       ways_mask, scale);
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({d_support, d_query});
-    ctx->save_for_backward({support, support_labels, query, query_labels, or_none(support_mask),
-                            or_none(query_mask), or_none(ways_mask), d_support, d_query});
-    ctx->saved_data["ways"] = ways;
-    ctx->saved_data["metric"] = std::move(metric);
-    ctx->saved_data["scale"] = scale;
-    return {losses, d_support, d_query};
-  }
+struct PrototypeLossBackward : SavingNode {
+  int64_t ways;
+  std::string metric;
+  double scale;
 
-  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    variable_list result(10);  // one for each argument of forward
+  std::string name() const override { return "PrototypeLossBackward"; }
+
+  // To those of support and query.
+  variable_list apply(variable_list&& cotangents) override {
+    variable_list result(2);
     const Tensor& d_losses = cotangents[0];
     if (!d_losses.defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const double scale = ctx->saved_data["scale"].toDouble();
+    const variable_list kept = saved();
     const bool again = at::GradMode::is_enabled();
     if (again || at::isTensorSubclassLike(d_losses)) {
       using Signature = Cotangents(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -139,19 +128,18 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       // Only where the backward is differentiated itself need it pass by its own derivative, in Python.
       std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
       if (!again) guard.emplace();
-      std::tie(result[0], result[2]) =
-          op.call(d_losses, saved[0], saved[1], saved[2], saved[3], ctx->saved_data["ways"].toInt(),
-                  ctx->saved_data["metric"].toStringView(), maybe(saved[4]), maybe(saved[5]), maybe(saved[6]),
-                  saved[7], saved[8], scale);
+      std::tie(result[0], result[1]) =
+          op.call(d_losses, kept[0], kept[1], kept[2], kept[3], ways, metric, maybe(kept[4]), maybe(kept[5]),
+                  maybe(kept[6]), kept[7], kept[8], scale);
       return result;
     }
-    result[0] = saved[7], result[2] = saved[8];
+    result[0] = kept[7], result[1] = kept[8];
     if (!is_all(d_losses, scale)) {
       const Tensor factor = d_losses.div(scale).view({-1, 1, 1});
-      result[0] = result[0].mul(factor), result[2] = result[2].mul(factor);
+      result[0] = result[0].mul(factor), result[1] = result[1].mul(factor);
     } else if (torch::autograd::get_current_graph_task_keep_graph()) {
       // Whoever gets them may change them; the next one wants them as they are.
-      result[0] = result[0].clone(), result[2] = result[2].clone();
+      result[0] = result[0].clone(), result[1] = result[1].clone();
     }
     return result;
   }
@@ -161,14 +149,19 @@ Losses prototype_loss_autograd(const Tensor& support, const Tensor& support_labe
                                const Tensor& query_labels, int64_t ways, c10::string_view metric,
                                const Maybe& support_mask, const Maybe& query_mask, const Maybe& ways_mask,
                                double scale) {
-  if (!at::GradMode::is_enabled() || !(support.requires_grad() || query.requires_grad())) {
-    return below_autograd(support, support_labels, query, query_labels, ways, metric, support_mask,
-                          query_mask, ways_mask, scale);
-  }
-  const variable_list out =
-      LossFunction::apply(support, support_labels, query, query_labels, ways, std::string(metric),
-                          support_mask, query_mask, ways_mask, scale);
-  return {out[0], out[1], out[2]};
+  const bool differentiable = torch::autograd::compute_requires_grad(support, query);
+  if (differentiable) check_plain_autograd("prototype_loss", {support, query});
+  Losses out = below_autograd(support, support_labels, query, query_labels, ways, metric, support_mask,
+                              query_mask, ways_mask, scale);
+  if (!differentiable) return out;
+  const auto& [losses, d_support, d_query] = out;
+  const auto node = make_node<PrototypeLossBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(support, query));
+  node->save({support, support_labels, query, query_labels, or_none(support_mask), or_none(query_mask),
+              or_none(ways_mask), d_support, d_query});
+  node->ways = ways, node->metric = metric, node->scale = scale;
+  torch::autograd::set_history(losses, node);
+  return out;
 }
 
 }  // namespace
