@@ -208,4 +208,5 @@ def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
     if torch._C._are_functorch_transforms_active():
         # torch.compile cannot trace the question, and fuses the twin's operations.
         return torch.compiler.is_compiling() or any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors)
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    # Outside of forward mode, where unpack_dual says the same of each tensor, in more time than a small kernel takes.
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

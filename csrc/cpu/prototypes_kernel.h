@@ -32,27 +32,12 @@
 #include "layers/math.h"
 #include "layers/multiply.h"
 #include "prototypes.h"
+#include "prototypes_few.h"
 #include "prototypes_means.h"
 #include "prototypes_tiles.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
-
-// log x for x from 1 up; NaN and infinity stay.
-template <class Real>
-inline Vec<Real> log_from_one(Vec<Real> x) {
-  using N = Numbers<Real>;
-  using Bits = typename N::Bits;
-  using Int = typename Simd<Real>::Mask;
-  constexpr int kM = N::kMantissa;
-  const Bits bits = reinterpret_cast<Bits>(x);
-  const Int power = reinterpret_cast<Int>((bits >> kM) - N::kBias);
-  const Bits one = (bits & ~(~Bits{} << kM)) | (N::kBias << kM);
-  const Vec<Real> e = __builtin_convertvector(power, Vec<Real>);
-  const Vec<Real> log =
-      e * N::kLog2High + (e * N::kLog2Low + log1p_unit<Real>(reinterpret_cast<Vec<Real>>(one) - Real(1)));
-  return x <= Real(1e30) ? log : x;
-}
 
 template <class Real>
 class PrototypeTask {
@@ -101,7 +86,8 @@ class PrototypeTask {
       score_block(first, n);
       if (h_.query_labels == nullptr) return;
       transpose(scores_, n, h_.ways, class_row_, across_, whole_groups(n));
-      total += cross_entropy(first, n, h_.residual + task_ * h_.ways * stride + first, stride);
+      total +=
+          cross_entropy(first, n, nullptr, Real(1), h_.residual + task_ * h_.ways * stride + first, stride);
     });
     if (h_.query_labels != nullptr) h_.sums[task_ * h_.parts + part] = total;
   }
@@ -138,21 +124,26 @@ class PrototypeTask {
     const bool cosine = h_.metric == Metric::cosine;
     if (cosine) means_.normalise();
     const bool products = h_.metric == Metric::sqeuclidean && means_.centre();
-    transpose(cosine || products ? means_.unit : means_.rows, h_.ways, h_.features, row_, transposed_,
-              class_row_);
+    const Real* const rows = cosine || products ? means_.unit : means_.rows;
+    const bool few = few_classes<Real>(h_.ways);
+    if (!few) transpose(rows, h_.ways, h_.features, row_, transposed_, class_row_);
     if (cosine) means_.hide_short();
     means_.begin_d(part);
+    const Real factor = h_.d_sums[task_] * Real(h_.metric == Metric::sqeuclidean ? 2 : 1);
     double total = 0;
     for_each_block(part, [&](int64_t first, int64_t n) {
       const int64_t lanes = whole_groups(n);
-      if (products) {
-        score_by_products(n);
+      if (few) {
+        score_few_classes(rows, n, !cosine && !products);
+        if (!products) logits_across(n);
+      } else if (products) {
+        score<false>(q_, q_row_, n, transposed_, class_row_, h_.features, lanes_of<Real>(h_.ways), scores_);
+        transpose(scores_, n, h_.ways, class_row_, across_, lanes);
       } else {
         score_block(first, n);
         transpose(scores_, n, h_.ways, class_row_, across_, lanes);
       }
-      total += cross_entropy(first, n, weights_, lanes);
-      weigh(n, weights_, lanes, false);
+      total += cross_entropy(first, n, products ? means_.squares : nullptr, factor, weights_, lanes);
       if (h_.metric != Metric::sqeuclidean) weigh_by_logits(n);
       pull_block(first, n, products);
     });
@@ -265,43 +256,58 @@ class PrototypeTask {
     if (h_.metric == Metric::cosine) {
       return score * magnitude(query_inverse_[q]);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kGrain<Real>; ++i) score[i] = Real(0) - square_root(score[i]);
-    return score;
+    return Real(0) - square_roots(score);
   }
 
-  // The sum of the block's losses for the logits across_; writes residual, whose classes are `stride` apart.
-  double cross_entropy(int64_t first, int64_t n, Real* residual, int64_t stride) {
+  // Of a vector, or of half of one.
+  template <class Vector>
+  static Vector square_roots(Vector x) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < sizeof(x) / sizeof(Real); ++i) x[i] = square_root(x[i]);
+    return x;
+  }
+
+  // The sum of the block's losses for the logits across_, which with `squares` (C,) are 2 across_ - squares;
+  // writes the residual times `factor`, its classes `stride` apart.
+  double cross_entropy(int64_t first, int64_t n, const Real* squares, Real factor, Real* residual,
+                       int64_t stride) {
     const int64_t ways = h_.ways, lanes = whole_groups(n);
     const int64_t* const labels = h_.query_labels + task_ * h_.queries + first;
     for (int64_t q = 0; q < n; ++q) labels_[q] = Real(labels[q]);
+    for (int64_t q = 0; q < lanes; ++q) labels_[q] = present_[q] > 0 ? labels_[q] : Real(-1);
     for (int64_t j = 0; j < lanes; j += kLanes<Real>) {
       V most = splat(-Real(__builtin_inf()));
       for (int64_t c = 0; c < ways; ++c) {
-        const V x = load(across_ + c * lanes + j);
-        most = x > most ? x : most;
+        if (!means_.has_class(c)) continue;
+        V x = load(across_ + c * lanes + j);
+        if (squares != nullptr) {
+          x = Real(2) * x - squares[c];
+          store(across_ + c * lanes + j, x);
+        }
+        most = greater(x, most);
       }
-      const auto there = load(present_ + j) > V{};
       const V label = load(labels_ + j);
-      V sum{}, own{};
-      for (int64_t c = 0; c < ways; ++c) {
+      const auto there = label >= V{};
+      V sum{}, own{}, index{};
+      for (int64_t c = 0; c < ways; ++c, index += Real(1)) {
         if (!means_.has_class(c)) continue;
         const V x = load(across_ + c * lanes + j), e = softmax_exponential(x - most);
-        own = label == Real(c) ? x : own;
-        store(weights_ + c * lanes + j, e);
+        own = label == index ? x : own;
+        store(residual + c * stride + j, e);
         sum += e;
       }
-      const V inverse = Real(1) / sum;
-      for (int64_t c = 0; c < ways; ++c) {
+      const V scale = factor / sum;
+      index = V{};
+      for (int64_t c = 0; c < ways; ++c, index += Real(1)) {
         Real* const to = residual + c * stride + j;
         if (!means_.has_class(c)) {
           store(to, V{});
           continue;
         }
-        const V p = load(weights_ + c * lanes + j) * inverse, less = label == Real(c) ? p - Real(1) : p;
-        store(to, there ? less : V{});
+        const V p = there ? load(to) * scale : V{};
+        store(to, label == index ? p - factor : p);
       }
-      store(losses_ + j, there ? log_from_one<Real>(sum) + (most - own) : V{});
+      store(losses_ + j, there ? natural_log<Real>(sum) + (most - own) : V{});
     }
     double total[4] = {};
     for (int64_t q = 0; q < n; ++q) total[q % 4] += double(losses_[q]);
@@ -372,14 +378,30 @@ class PrototypeTask {
     }
   }
 
-  // across_ = what a softmax wants of the logits.
-  void score_by_products(int64_t n) {
-    score<false>(q_, q_row_, n, transposed_, class_row_, h_.features, lanes_of<Real>(h_.ways), scores_);
+  // across_ = scores of few classes, by differences or by products.
+  void score_few_classes(const Real* rows, int64_t n, bool differences) {
+    const int64_t whole = h_.features / kLanes<Real> * kLanes<Real>, rest = h_.features - whole;
+    if (rest > 0) read_tail(n, whole, rest);
+    const auto run = differences ? score_across<true, Real> : score_across<false, Real>;
+    run({q_, q_row_, n, rest > 0 ? tail_ : nullptr, rows, row_, h_.ways, whole, across_, whole_groups(n)});
+  }
+  // across_ = logits, of the scores.
+  void logits_across(int64_t n) {
     const int64_t lanes = whole_groups(n);
-    transpose(scores_, n, h_.ways, class_row_, across_, lanes);
+    if (h_.metric == Metric::cosine) measure_queries(n);
     for (int64_t c = 0; c < h_.ways; ++c) {
-      Real* const row = across_ + c * lanes;
-      for (int64_t j = 0; j < lanes; j += kLanes<Real>) store(row + j, 2 * load(row + j) - means_.squares[c]);
+      for (int64_t j = 0; j < lanes; j += kLanes<Real>) {
+        Real* const to = across_ + c * lanes + j;
+        V score = load(to);
+        if (h_.metric == Metric::cosine) {
+          score *= absolute<Real>(load(query_inverse_ + j));
+        } else if (h_.metric == Metric::euclidean) {
+          score = Real(0) - square_roots(score);
+        } else {
+          score = Real(0) - score;  // 0 stays 0, not -0
+        }
+        store(to, score);
+      }
     }
   }
 

@@ -49,21 +49,30 @@ def prototype_loss(
         >>> prototype_loss(support, labels, torch.tensor([[[1.0]]]), torch.tensor([[1]]), ways=2)
         tensor([0.6931])
     """
-    masks = (support_mask, query_mask, ways_mask)
+    arguments = (support, support_labels, query, query_labels, ways, metric, support_mask, query_mask, ways_mask)
+    if not _at_once(support, query):
+        _check_arguments(*arguments)
+        return head(*arguments)[0]
+    try:
+        losses: Tensor = torch.ops.metafast.prototype_loss(*arguments, 1 / len(support))[0]
+    except Exception:
+        _check_arguments(*arguments)  # the operator's own checks are faster, these say more
+        raise
+    return losses
+
+
+def _check_arguments(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int, metric: str, *masks: Any
+) -> None:
     check_arguments(support, support_labels, query, ways, metric, *masks)
     check_plan("query_labels", query_labels, (query.shape[0], query.shape[1]), torch.int64, query.device)
-    arguments = (support, support_labels, query, query_labels, ways, metric, *masks)
-    if not _at_once(support, query):
-        return head(*arguments)[0]
-    losses: Tensor = torch.ops.metafast.prototype_loss(*arguments, 1 / support.shape[0])[0]
-    return losses
 
 
 def _at_once(support: Tensor, query: Tensor) -> bool:
     """Whether losses and gradients come in one pass: the CPU's kernel, and a derivative is asked for."""
-    if not (torch.is_grad_enabled() and (support.requires_grad or query.requires_grad)):
+    if not (isinstance(support, Tensor) and isinstance(query, Tensor) and torch.is_grad_enabled()):
         return False
-    if not support.is_cpu or current_backend() == "simt":
+    if not ((support.requires_grad or query.requires_grad) and support.is_cpu and current_backend() != "simt"):
         return False
     return _native.runs("support", support, query, kernels=KERNELS)
 

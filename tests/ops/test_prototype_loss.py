@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import metafast as mf
 from metafast.ops.prototypes import METRICS
@@ -127,6 +128,35 @@ def test_float32_errs_at_most_twice_as_much_as_torch(
         for mine, torchs, wanted in zip(found, gradients(head, metric, plain), exact):
             mine_error, torchs_error = ((t.double() - wanted).norm() / wanted.norm() for t in (mine, torchs))
             assert float(mine_error) <= 2 * float(torchs_error) + 1e-6
+
+
+@on_kernels
+@on_metrics
+@pytest.mark.parametrize("ways", [3, 5, 9])
+def test_a_query_that_is_no_number_spoils_no_other(ways: int, metric: str, backend: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        head = problem(2, ways, 2, 13, 19).on(backend).to(dtype)
+        with mf.use_backend(backend):
+            _, _, before = gradients(head, metric)
+            head.query[0, 4, 18] = math.nan
+            _, _, after = gradients(head, metric)
+        others = [q for q in range(13) if q != 4]
+        assert torch.equal(before[0, others], after[0, others]) and torch.equal(before[1], after[1])
+        assert bool(after[0, 4].isnan().any())
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_forward_mode_is_refused_where_it_would_be_lost() -> None:
+    head = problem(2, 3, 2, 5, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(head.support.requires_grad_(), torch.ones_like(head.support))
+        wanted = forward_ad.unpack_dual(plain(head, "sqeuclidean", dual, head.query)).tangent
+        found = forward_ad.unpack_dual(run(head, "sqeuclidean", dual, head.query)).tangent
+        assert found is not None and close(found.detach(), wanted.detach())  # by torch's operations
+        arguments = (dual, head.support_labels, head.query, head.query_labels, head.ways, "sqeuclidean", *head.masks)
+        with pytest.raises(NotImplementedError, match="prototype_loss has no derivative in forward mode"):
+            torch.ops.metafast.prototype_loss(*arguments, 0.5)
 
 
 @needs_kernels
