@@ -12,7 +12,7 @@
 // What a block's step starts from is its frame: g, then Z_l and c of each layer, from which nothing need be
 // copied for the products. What it makes besides are its gates: of each layer those four, activated, and tanh
 // of the new c, (L, 5H, block). With both kept, the way back computes nothing twice. Used by lstm_kernel.h,
-// which is the operator of one step, and by rules.h, an inner loop's.
+// which is the operator, and by rules.h, an inner loop's.
 #pragma once
 
 #include <algorithm>

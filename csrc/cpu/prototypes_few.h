@@ -23,7 +23,7 @@ struct ScoreAcross {
   const Real* tail;  // the features after them, a vector for each row; null: none
   const Real* p;     // rows of whole vectors
   int64_t p_row, ways, whole;
-  Real* to;  // (ways, to_row), whole vectors of queries; zeros for those that are not there
+  Real* to;  // (ways, to_row), whole vectors of queries; beyond `rows` the last one's, or zeros
   int64_t to_row;
 };
 

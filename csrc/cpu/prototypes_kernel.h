@@ -18,12 +18,14 @@
 //   dq = sum_c W p'_c                  dp_c = sum_q W q - (sum_q W) p_c
 //
 // Queries are taken in blocks that stay in the cache over all that is done with them: their scores are rows
-// of classes, which change places with their lanes for the softmax, so that neither is padded much. Norms
-// below ClassMeans::kLeastNorm count as that, a constant, as in torch.nn.functional.normalize.
+// of classes, which change places with their lanes for the softmax, so that neither is padded much; but see
+// prototypes_few.h. Norms below ClassMeans::kLeastNorm count as that, a constant, as in
+// torch.nn.functional.normalize.
 //
 // A task's queries are cut into the same parts for any number of threads, and sums over them are in order.
 // What a mask takes away is never read into a sum. All is overwritten but what lies between rows of D and
-// whole vectors. Tested by tests/ops/test_prototypes.py.
+// whole vectors. Tested by tests/ops/test_prototypes.py and
+// test_prototype_loss.py.
 #pragma once
 
 #include <algorithm>

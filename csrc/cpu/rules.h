@@ -114,7 +114,7 @@ class LearnedRule {
     frames_kept_ = wants_gradient ? job.steps : 2;
     // Gates of all steps where they stay in a cache that is near, which reads them faster than a core makes
     // them again.
-    constexpr int64_t kNear = 8 << 20;
+    constexpr int64_t kNear = 10 << 20;
     const int64_t gates = blocks_ * cell_.gates_size();
     gates_kept_ = wants_gradient && job.steps * gates * int64_t(sizeof(Real)) <= kNear;
     frames_ = carver_.take(frames_kept_ * blocks_ * cell_.frame_size());

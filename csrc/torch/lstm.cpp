@@ -205,9 +205,9 @@ Forward lstm_update_cuda(const Tensor& grads, const Tensor& state, at::TensorLis
 
 Backward lstm_update_backward_cuda(const std::optional<Tensor>& d_updates,
                                    const std::optional<Tensor>& d_next, const Tensor& grads,
-                                   const Tensor& state, at::TensorList weights, double p) {
+                                   const Tensor& state, at::TensorList weights, double p, bool wants_state) {
   const c10::cuda::CUDAGuard guard(grads.device());
-  return backward_by(d_updates, d_next, grads, state, weights, p,
+  return backward_by(d_updates, d_next, grads, state, weights, p, wants_state, false,
                      [&]<class Real>(const Lstm<Real>& a, Real* d_weights) {
                        check_one_step(a.steps);
                        const Tensor workspace = at::empty({cuda::lstm_workspace(a, true)}, grads.options());

@@ -179,7 +179,10 @@ MetaOutcome Engine::meta_step(const std::vector<Tensor>& params, const Tensor& c
       at::GradMode::is_enabled() &&
       (std::any_of(leaves.begin(), leaves.end(), [](const Tensor& p) { return p.requires_grad(); }) ||
        (inner.rates && inner.rates->requires_grad()));
-  if (differentiable) check_plain_autograd("a meta-step", leaves);
+  if (differentiable) {
+    check_plain_autograd("a meta-step", leaves);
+    if (inner.rates) check_plain_autograd("a meta-step", *inner.rates);
+  }
   const bool of_rates = differentiable && inner.rates && inner.rates->requires_grad();
   const auto [run, w] = judge(params, constants, support, query, inner, weights, differentiable, of_rates);
   const MetaOutcome& outcome = run.outcome;

@@ -50,15 +50,17 @@ def prototype_loss(
         tensor([0.6931])
     """
     arguments = (support, support_labels, query, query_labels, ways, metric, support_mask, query_mask, ways_mask)
-    if not _at_once(support, query):
+    # What an operator's schema would make an integer or a string of goes the way that refuses it.
+    if type(ways) is not int or type(metric) is not str or not _at_once(support, query):
         _check_arguments(*arguments)
         return head(*arguments)[0]
     try:
         losses: Tensor = torch.ops.metafast.prototype_loss(*arguments, 1 / len(support))[0]
-    except Exception:
-        _check_arguments(*arguments)  # the operator's own checks are faster, these say more
-        raise
-    return losses
+        return losses
+    except Exception as error:
+        refusal = error
+    _check_arguments(*arguments)  # the operator's own checks are faster, these say more
+    raise refusal
 
 
 def _check_arguments(
@@ -91,7 +93,11 @@ def _operator(
     return losses, d_support, d_query
 
 
-def _fake(support: Tensor, support_labels: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int, metric: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *masks, _ = rest
+    _check_arguments(support, support_labels, query, query_labels, ways, metric, *masks)  # one may be on `meta` alone
     return support.new_empty(support.shape[0]), support.new_empty(support.shape), query.new_empty(query.shape)
 
 

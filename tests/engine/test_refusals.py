@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import metafast as mf
 from metafast.engine.lowering import NotLowered, lower
+from tests.backends import native as needs_kernels
 from tests.engine.test_lowering import Net
 from tests.nets import build
 
@@ -365,3 +367,18 @@ def test_arguments() -> None:
         lower(net, (0,), "batch")
     with pytest.raises(ValueError, match="^batch_norm: expected one of"):
         lower(net, (2,), "none")
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("each", [True, False])
+def test_forward_mode_of_rates_does_not_pass_unseen(each: bool) -> None:
+    """A native meta-step would drop the tangents."""
+    model = nn.Linear(2, 1).double()
+    rule = mf.LearnedRates(model, 0.1) if each else mf.LayerRates(model, 1, 0.1)
+    learner = mf.GradientLearner(model, rule, steps=1, loss="mse")
+    x, y = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 1, dtype=torch.float64)
+    with forward_ad.dual_level():
+        rule._parameters["rates"] = forward_ad.make_dual(rule.rates, torch.ones_like(rule.rates))
+        with pytest.raises(NotImplementedError, match="a meta-step has no derivative in forward mode"):
+            learner(mf.Episodes(x, y, x, y))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -143,6 +143,54 @@ def test_a_query_that_is_no_number_spoils_no_other(ways: int, metric: str, backe
         others = [q for q in range(13) if q != 4]
         assert torch.equal(before[0, others], after[0, others]) and torch.equal(before[1], after[1])
         assert bool(after[0, 4].isnan().any())
+
+
+def meta(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ways": torch.tensor(4)},
+        {"ways": torch.tensor(4.7)},
+        {"ways": 0},
+        {"ways": 3},
+        {"ways": True},
+        {"metric": b"cosine"},
+        {"metric": "manhattan"},
+        {"support": [1.0]},
+        {"support": torch.tensor(1.0, requires_grad=True)},
+        {"support": torch.zeros(0, 9, 5, requires_grad=True)},
+        {"support_labels": [0, 1]},
+        {"support_labels": meta},
+        {"support_labels": Tensor.int},
+        {"query": meta},
+        {"query": lambda q: q[..., :2]},
+        {"query_labels": meta},
+        {"query_labels": lambda y: y[:, :2]},
+        {"query_labels": lambda y: y - 2**62},
+        {"query_labels": lambda y: y.clone().fill_(2**63 - 1)},
+        {"query_mask": torch.ones(3, 9, dtype=torch.bool, device="meta")},
+        {"query_mask": torch.ones(3, 9)},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_what_does_not_fit_is_refused_by_name_with_and_without_gradients(changes: dict[str, object]) -> None:
+    head = problem(3, 4, 2, 9, 5)
+    values: dict[str, object] = {f.name: getattr(head, f.name) for f in fields(head)} | {"metric": "sqeuclidean"}
+    for name, change in changes.items():
+        values[name] = change(values[name]) if callable(change) else change
+    said = []
+    for wanted in (True, False):
+        for name in ("support", "query"):
+            if isinstance(values[name], Tensor):
+                values[name] = values[name].detach().requires_grad_(wanted)
+        with pytest.raises((TypeError, ValueError), match=rf"^({'|'.join(changes)}|support_labels|query): ") as refusal:
+            mf.ops.prototype_loss(**values)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
 
 
 @needs_kernels
