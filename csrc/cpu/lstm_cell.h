@@ -104,9 +104,8 @@ class LstmCell {
         store(activated + i, logistic_value<Real>(load(activated + i)));
       const Real* const c_before = cell(frame, l);
       Real* const above = l + 1 < a_.layers ? inputs_of(frame, l + 1) : nullptr;
-      Real *const next_h = next == nullptr ? nullptr : hidden(next, l), *const next_c = next == nullptr
-                                                                                            ? nullptr
-                                                                                            : cell(next, l);
+      Real* const next_h = next == nullptr ? nullptr : hidden(next, l);
+      Real* const next_c = next == nullptr ? nullptr : cell(next, l);
       for (int64_t i = 0; i < gate; i += kLanes<Real>) {
         const V in = load(activated + i), forget = load(activated + gate + i),
                 candidate = load(activated + 2 * gate + i), out = load(activated + 3 * gate + i);
@@ -197,12 +196,13 @@ class LstmCell {
 
   int64_t inputs(int64_t l) const { return l == 0 ? 2 : hidden_; }
   int64_t rows(int64_t l) const { return inputs(l) + hidden_ + 1; }
-  // Z_l, and the last layer's h after a step.
+  // Z_l.
   Real* inputs_of(Real* frame, int64_t l) const { return frame + layer_[l].frame_row * kBlock; }
   template <class Gates>
   Gates* gates_of(Gates* gates, int64_t l) const {
     return gates + l * 5 * hidden_ * kBlock;
   }
+  // The last layer's h after a step, from element i on.
   V top(const Real* gates, int64_t i) const {
     const Real* const out = gates_of(gates, a_.layers - 1) + 3 * hidden_ * kBlock + i;
     return load(out) * load(out + hidden_ * kBlock);

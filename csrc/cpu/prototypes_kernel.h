@@ -335,8 +335,8 @@ class PrototypeTask {
     transpose(scores_, n, h_.ways, class_row_, across_, whole_groups(n));
   }
 
-  // weights_ = G, (C, n in whole groups), or with squared distances W: of the residual, which may be weights_
-  // itself, and with `rows` of across_.
+  // weights_ = G, (C, n in whole groups), or with squared distances W: of the residual, and with `rows` of
+  // across_.
   void weigh(int64_t n, const Real* residual, int64_t stride, bool rows) {
     const int64_t lanes = whole_groups(n);
     const Real d_sum = residual == nullptr ? Real(0) : h_.d_sums[task_];

@@ -122,10 +122,13 @@ Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional
   if (d_next) check_tensor("d_next", *d_next, state.sizes(), grads.scalar_type(), grads.device());
   int64_t count = 0;
   for (const Tensor& w : weights) count += w.numel();
-  const Tensor d_grads = at::empty(grads.sizes(), grads.options()), nothing = at::empty({0}, state.options()),
-               d_state = wants_state || !may_leave ? at::empty(state.sizes(), state.options()) : nothing;
+  const bool makes_state = wants_state || !may_leave;
+  const Tensor nothing = at::empty({0}, state.options());
+  const Tensor d_grads = at::empty(grads.sizes(), grads.options()),
+               d_state = makes_state ? at::empty(state.sizes(), state.options()) : nothing;
   const Tensor d_weights = at::zeros({count}, grads.options());
-  if (grads.numel() == 0) return {d_grads, wants_state ? d_state : nothing, d_weights};
+  const Backward result{d_grads, wants_state ? d_state : nothing, d_weights};
+  if (grads.numel() == 0) return result;
   with_real(grads.scalar_type(), [&](auto real) {
     using Real = decltype(real);
     Held<Real> held(grads, state, weights, p);
@@ -133,10 +136,10 @@ Backward backward_by(const std::optional<Tensor>& d_updates, const std::optional
     a.d_updates = d_updates ? held.hold(*d_updates) : nullptr;
     a.d_next = d_next ? held.hold(*d_next) : nullptr;
     a.d_grads = d_grads.mutable_data_ptr<Real>();
-    a.d_state = wants_state || !may_leave ? d_state.mutable_data_ptr<Real>() : nullptr;
+    a.d_state = makes_state ? d_state.mutable_data_ptr<Real>() : nullptr;
     run(std::as_const(a), d_weights.mutable_data_ptr<Real>());
   });
-  return {d_grads, wants_state ? d_state : nothing, d_weights};
+  return result;
 }
 
 // Several steps at once are the CPU's alone.
