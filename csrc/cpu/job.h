@@ -13,9 +13,10 @@ struct EngineFunctions {
   void (*to_engine)(const Program&, const Real* adapting, const Real* constants, Real* w);
   // And the adapting ones back; those that no layer uses become zero.
   void (*to_user)(const Program&, const Real* w, Real* adapting);
-  // Elements of workspace that the job's update rule takes; the job needs no layout and no data yet.
-  int64_t (*rule_workspace)(const Job<Real>&, bool wants_gradient);
-  void (*run_task)(const Job<Real>&, int64_t task, Real* workspace);
+  // Elements of workspace that the job takes besides its network's; it needs no layout and no data yet.
+  int64_t (*more_workspace)(const Job<Real>&, int64_t supports, int64_t queries, bool wants_gradient);
+  // Tasks first..last-1, one after the other or together.
+  void (*run_tasks)(const Job<Real>&, int64_t first, int64_t last, Real* workspace);
   // sums[i] = sum_t weights[t] rows[t * size + i] for i in [begin, end), by groups of so many tasks in their
   // order, and then over groups.
   void (*weighted_sum)(const Real* rows, int64_t tasks, int64_t group, int64_t size, const Real* weights,

@@ -249,7 +249,7 @@ struct Network {
     return accuracy_of(value(last()) + v.origin, pass.samples, v.c, v.sample, labels);
   }
 
- private:
+  // Where a layer's gradient for an input goes, and what is to be done when it is there.
   Real* target(Destination destination, int32_t v, Real* sum) const {
     if (destination == Destination::none) return nullptr;
     return destination == Destination::overwrite ? sum : workspace + pass.extra[v];

@@ -4,11 +4,22 @@
 
 #include "../engine/unroll.h"
 #include "network.h"
+#include "one_step.h"
 #include "prototype_step.h"
 #include "rules.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
+
+// Whether these are the workspace's first tasks of the job, which leaves its stamp.
+template <class Real>
+bool begins_job(const Job<Real>& job, Real* workspace) {
+  int64_t stamp;
+  Real* const place = workspace + job.layout->stamp;
+  __builtin_memcpy(&stamp, place, sizeof(stamp));
+  __builtin_memcpy(place, &job.stamp, sizeof(stamp));
+  return stamp != job.stamp;
+}
 
 template <class Real>
 struct OneTask {
@@ -24,7 +35,7 @@ struct OneTask {
         query{*j.program, j.layout->query, j.team, memory, memory, nullptr, nullptr, nullptr} {
     // All tasks begin at theta: what a thread's first one makes of it alone is there for the others.
     const bool lasts = job.steps <= 1 || job.layout->kept > 0;
-    if (job.theta != nullptr && lasts && !begins_job()) support.known = query.known = job.theta;
+    if (job.theta != nullptr && lasts && !begins_job(job, memory)) support.known = query.known = job.theta;
   }
 
   Vector at(int64_t offset) const { return workspace + offset; }
@@ -76,14 +87,6 @@ struct OneTask {
   Real loss = 0;
 
  private:
-  // Whether this is the workspace's first task of the job, which leaves its stamp.
-  bool begins_job() const {
-    int64_t stamp;
-    Real* const place = at(job.layout->stamp);
-    __builtin_memcpy(&stamp, place, sizeof(stamp));
-    __builtin_memcpy(place, &job.stamp, sizeof(stamp));
-    return stamp != job.stamp;
-  }
   void deliver(const TaskGradient<Real>& own) const {
     METAFAST_ISA::deliver(job, task, own, at(job.layout->sum));
   }
@@ -122,9 +125,9 @@ void weighted_sum(const Real* rows, int64_t tasks, int64_t group, int64_t size, 
   for (; i < end; ++i) sums[i] = sum_of(Real(0), [i](const Real* r) { return r[i]; });
 }
 
-// Elements of workspace that the job takes besides its network's.
 template <class Real>
-int64_t rule_workspace(const Job<Real>& job, bool wants_gradient) {
+int64_t more_workspace(const Job<Real>& job, int64_t supports, int64_t queries, bool wants_gradient) {
+  if (job.together > 0) return OneStep<Real>(job, 0, 0, supports, queries, nullptr, nullptr).size();
   if (job.what == What::prototypes) return OneTaskHead<Real>(job, 0, nullptr, wants_gradient).size();
   return job.learned == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
 }
@@ -143,8 +146,22 @@ void run_task(const Job<Real>& job, int64_t task, Real* workspace) {
 }
 
 template <class Real>
-constexpr EngineFunctions<Real> kEngineFunctions{to_engine<Real>, to_user<Real>, rule_workspace<Real>,
-                                                 run_task<Real>, weighted_sum<Real>};
+void run_tasks(const Job<Real>& job, int64_t first, int64_t last, Real* workspace) {
+  if (job.together == 0) {
+    for (int64_t t = first; t < last; ++t) run_task(job, t, workspace);
+    return;
+  }
+  const int64_t supports = job.layout->support.samples / job.together;
+  const int64_t queries = job.layout->query.samples / job.together;
+  for (int64_t t = first; t < last; t += job.together) {
+    const Real* const known = begins_job(job, workspace) ? nullptr : job.theta;
+    OneStep<Real>(job, t, std::min(job.together, last - t), supports, queries, workspace, known).run();
+  }
+}
+
+template <class Real>
+constexpr EngineFunctions<Real> kEngineFunctions{to_engine<Real>, to_user<Real>, more_workspace<Real>,
+                                                 run_tasks<Real>, weighted_sum<Real>};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

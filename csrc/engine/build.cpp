@@ -354,8 +354,8 @@ void Plan::decide_reads() {
 
 // `steps` are those that the pass is run for; where what all of them leave fits in a core's cache, each has
 // its own place, `kept` elements apart; else `kept` is 0.
-Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t steps,
-                     int64_t& size, int64_t& kept) const {
+Pass Plan::make_pass(PassStore& store, int64_t tasks, int64_t of_task, bool adjoints, bool tangents,
+                     int64_t steps, int64_t& size, int64_t& kept) const {
   constexpr int64_t kKeptBytes = 512 * 1024;
   const auto take = [&](int64_t count) {
     const int64_t at = size;
@@ -363,6 +363,10 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
     return at;
   };
   const size_t values = values_.size(), layers = layers_.size();
+  const int64_t samples = tasks * of_task;
+  const auto saved = [&](const Layer& l) {
+    return tasks * round_up(l.saved_per_sample * of_task + l.saved_per_layer, lanes_);
+  };
   for (auto* offsets : {&store.value, &store.adjoint, &store.extra, &store.tangent, &store.tadjoint}) {
     offsets->assign(values, -1);
   }
@@ -372,7 +376,7 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
     const Layer& l = layers_[i];
     const int64_t out = samples * values_[l.out].sample;
     store.value[l.out] = take(out);
-    store.saved[i] = take(l.saved_per_sample * samples + l.saved_per_layer);
+    store.saved[i] = take(saved(l));
     if (l.live && adjoints) store.adjoint[l.out] = take(out);
   }
   const int64_t step = size - begin;
@@ -387,7 +391,7 @@ Pass Plan::make_pass(PassStore& store, int64_t samples, bool adjoints, bool tang
       if (!l.live || !tangents) continue;
       store.tangent[l.out] = take(samples * values_[l.out].sample);
       store.tadjoint[l.out] = take(samples * values_[l.out].sample);
-      store.tsaved[i] = take(l.saved_per_sample * samples + l.saved_per_layer);
+      store.tsaved[i] = take(saved(l));
     }
     for (const int32_t v : shared_) {
       if (adjoints) store.extra[v] = take(samples * values_[v].sample);
@@ -413,9 +417,9 @@ int64_t Plan::layouts() {
 
 std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradient, int64_t support,
                                                     int64_t query, int64_t steps, bool query_losses,
-                                                    int64_t rule) {
+                                                    int64_t rule, int64_t together) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule};
+  const Key key{int32_t(what), wants_gradient, support, query, steps, query_losses, rule, together};
   const auto share = [](const std::shared_ptr<LayoutStore>& store) {
     return std::shared_ptr<const WorkspaceLayout>(store, &store->layout);
   };
@@ -430,12 +434,14 @@ std::shared_ptr<const WorkspaceLayout> Plan::layout(What what, bool wants_gradie
   WorkspaceLayout& layout = store.layout;
   layout.size = 0;
   const bool tangents = what == What::hvp || (what == What::meta_step && wants_gradient);
+  const int64_t at_once = std::max<int64_t>(together, 1);
   int64_t none = 0;
-  layout.support = make_pass(store.support, support, true, tangents, steps, layout.size, layout.kept);
-  layout.query = make_pass(store.query, query, wants_gradient, false, 1, layout.size, none);
+  layout.support =
+      make_pass(store.support, at_once, support, true, tangents, steps, layout.size, layout.kept);
+  layout.query = make_pass(store.query, at_once, query, wants_gradient, false, 1, layout.size, none);
   const auto take = [&](int64_t count) {
     const int64_t at = layout.size;
-    layout.size += count * program_.params;
+    layout.size += together > 0 ? 0 : count * program_.params;  // of tasks that share theta, none
     return at;
   };
   layout.w = take(1);

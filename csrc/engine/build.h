@@ -35,12 +35,12 @@ class Plan {
   bool params_are_short() const { return program_.params * element_ <= int64_t(16) << 10; }
 
   // For a kind of job on so many support (of a step) and query samples and inner steps, 0 where it has none,
-  // with query losses at all steps or not, and with so many elements for the update rule. The same arguments
-  // give the same object, while they are among the latest kMostLayouts; it lives as long as somebody holds
-  // it. Safe from several threads.
+  // with query losses at all steps or not, with so many elements for the update rule, and Job::together. The
+  // same arguments give the same object, while they are among the latest kMostLayouts; it lives as long as
+  // somebody holds it. Safe from several threads.
   std::shared_ptr<const WorkspaceLayout> layout(What what, bool wants_gradient, int64_t support,
                                                 int64_t query, int64_t steps, bool query_losses = false,
-                                                int64_t rule = 0);
+                                                int64_t rule = 0, int64_t together = 0);
   // How many are kept.
   int64_t layouts();
   static constexpr size_t kMostLayouts = 64;  // episodes of changing sizes must not add up for ever
@@ -53,7 +53,7 @@ class Plan {
     PassStore support, query;
     WorkspaceLayout layout;
   };
-  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool, int64_t>;
+  using Key = std::tuple<int32_t, bool, int64_t, int64_t, int64_t, bool, int64_t, int64_t>;
 
   void add_layer(const int64_t* d, double number, double number1);
   size_t only_reader(int32_t value) const;
@@ -66,8 +66,8 @@ class Plan {
   void decide_saved();
   void decide_reads();
   std::optional<MlpShape> find_mlp() const;  // mlp.cpp
-  Pass make_pass(PassStore& store, int64_t samples, bool adjoints, bool tangents, int64_t steps,
-                 int64_t& size, int64_t& kept) const;
+  Pass make_pass(PassStore& store, int64_t tasks, int64_t samples, bool adjoints, bool tangents,
+                 int64_t steps, int64_t& size, int64_t& kept) const;
 
   int64_t element_, lanes_, user_params_;
   bool winograd_;

@@ -28,6 +28,7 @@ enum class What : int32_t {
 // other, or on a device the task's own.
 struct WorkspaceLayout {
   Pass support, query;
+  // Unless Job::together, which needs none of them and no tape or sum:
   int64_t w, direction, product;  // (params,) each; w holds a task's own parameters, in a meta-step lam
   int64_t tape;                   // (steps, params): phi_1 .. phi_steps
   int64_t query_tape;  // (steps - 1, params) where earlier steps have a query loss: its gradients there
@@ -68,6 +69,9 @@ struct Job {
   const cpu::Team* team;           // shares each task's work; null: a task is one thread's
   bool one_launch;                 // on a device: program->mlp, plain steps, and a task fits into a block
   BatchedProducts<Real> products;  // on a device: who does large products of matrices
+  // Not 0: a meta-step of one inner step, in which so many tasks, or fewer, share what they do with theta
+  // (engine/one_step.h); the layout's samples are those of all of them.
+  int64_t together;
   Data<Real> support, query;
 
   // Parameters: for meta_step theta (params,) as the engine has it; for the others phi (T, P) or, with
@@ -104,7 +108,8 @@ struct Job {
   int32_t* ready;
   int64_t* turn;
   // Not 0: instead gradient has a row for each so many tasks, sum_t weights[t] gradient_t of theirs, which
-  // one thread runs in their order.
+  // one thread runs in their order. With `together` never 0 where there is a gradient, and weights may be
+  // null.
   int64_t group;
   int64_t stamp;  // no other job's, not 0
 };

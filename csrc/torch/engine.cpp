@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "../cpu/pool.h"
+#include "../engine/one_step.h"
 #include "engine_data.h"
 #include "gpu.h"
 #include "lstm_weights.h"
@@ -134,7 +135,7 @@ class Engine::Call {
  public:
   Call(Engine& engine, at::Device device, What what, bool wants_gradient, int64_t tasks, int64_t support,
        int64_t query, int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
-       const HeadShape* head = nullptr, bool one_launch = false)
+       const HeadShape* head = nullptr, bool one_launch = false, int64_t together = 0)
       : engine_(engine), gpu_(Gpu::of(device)) {
     Plan& plan = gpu_ ? engine.gpu_plan_ : engine.plan_;
     job.what = what;
@@ -147,9 +148,11 @@ class Engine::Call {
     job.one_launch = one_launch;
     static std::atomic<int64_t> jobs{0};
     job.stamp = ++jobs;
-    const int64_t rule = gpu_ ? 0 : engine_functions<Real>().rule_workspace(job, wants_gradient);
+    job.together = together;
+    const int64_t more =
+        gpu_ ? 0 : engine_functions<Real>().more_workspace(job, support, query, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
-    layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, rule);
+    layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, more, together);
     job.layout = layout_.get();
   }
 
@@ -170,24 +173,23 @@ class Engine::Call {
 
   void run_by_tasks() {
     const int all = at::get_num_threads();
-    const int64_t group = std::max<int64_t>(job.group, 1), groups = (job.tasks + group - 1) / group;
+    const int64_t together = std::max<int64_t>(job.together, 1);
+    const int64_t group = job.group > 0 ? job.group : together, groups = (job.tasks + group - 1) / group;
     const int threads = int(std::min<int64_t>(all, groups));
-    const auto run_task = engine_functions<Real>().run_task;
-    const int64_t samples = std::max(job.layout->support.samples, job.layout->query.samples);
+    const auto run_tasks = engine_functions<Real>().run_tasks;
+    const int64_t samples = std::max(job.layout->support.samples, job.layout->query.samples) / together;
     if (engine_.shares_tasks(job.tasks, samples, all)) {
       const cpu::Team team{all, cpu::run_parts};
       job.team = &team;
       Workspaces workspace = engine_.acquire(layout_, 1);
-      for (int64_t t = 0; t < job.tasks; ++t)
-        run_task(job, t, static_cast<Real*>(workspace.threads[0].get()));
+      run_tasks(job, 0, job.tasks, static_cast<Real*>(workspace.threads[0].get()));
       engine_.release(std::move(workspace));
       return;
     }
     Workspaces workspaces = engine_.acquire(layout_, threads);
     auto of_group = [&](int64_t index, int worker) {
-      const int64_t end = std::min((index + 1) * group, job.tasks);
-      for (int64_t t = index * group; t < end; ++t)
-        run_task(job, t, static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
+      run_tasks(job, index * group, std::min((index + 1) * group, job.tasks),
+                static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
     };
     cpu::run_tasks(groups, threads, of_group);
     engine_.release(std::move(workspaces));
@@ -283,14 +285,20 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool compares = inner.ways > 0;
   result.outcome.logits = uninitialized({tasks, queries, compares ? inner.ways : outputs}, options);
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = uninitialized({tasks}, options);
+  const bool plain = !inner.rates && inner.lstm.empty() && inner.truncate == 0 && batch == shots &&
+                     inner.query_weights.empty() && !compares;
   // Sums over tasks are made as gradients come, of short ones by groups, of others in their turn. Rows of few
   // bytes stay in the cache; those of many threads are sooner summed by all of them at the end. The order is
-  // the same, and so are the bits.
+  // the same, and so are the bits. Tasks together have no gradients of their own: they always make sums.
   constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
-  const bool may_sum =
-      wants_gradient && weights.defined() && sums_ && !on_gpu && at::get_num_threads() <= kFewThreads;
-  const int64_t group = group_of(tasks), groups = (tasks + group - 1) / group;
-  const bool by_groups = may_sum && groups > 1,
+  const bool one_sum = wants_gradient && weights.defined() && sums_ && !on_gpu;
+  const int64_t together = !on_gpu && plain && inner.steps == 1
+                               ? this->together(wants_gradient && !one_sum ? 1 : tasks, shots, queries)
+                               : 0;
+  const bool may_sum = one_sum && (together > 0 || at::get_num_threads() <= kFewThreads);
+  const int64_t of_short = group_of(tasks), group = together > 0 && of_short == tasks ? together : of_short,
+                groups = (tasks + group - 1) / group;
+  const bool by_groups = may_sum && (groups > 1 || together > 0),
              sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
     result.gradient = sums ? uninitialized({program.params}, options)
@@ -313,14 +321,12 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
       learned.place = place.const_data_ptr<int64_t>();
     }
     const HeadShape head{shots, queries, inner.ways, compares ? metric_of(inner.metric) : Metric{}};
-    const bool plain = !inner.rates && inner.lstm.empty() && inner.truncate == 0 && batch == shots &&
-                       inner.query_weights.empty() && !compares && !cotangent;
-    const bool one_launch = on_gpu && plain && one_launch_where_fit && program.mlp != nullptr &&
+    const bool one_launch = on_gpu && plain && !cotangent && one_launch_where_fit && program.mlp != nullptr &&
                             gpu->functions<Real>().fits_mlp_meta_step(*program.mlp, std::max(shots, queries));
     Call<Real> call(*this, device, compares ? What::prototypes : What::meta_step, wants_gradient, tasks,
                     inner.steps > 0 ? batch : 0, compares ? shots + queries : queries, inner.steps,
                     !inner.query_weights.empty(), lstm ? &learned : nullptr, compares ? &head : nullptr,
-                    one_launch);
+                    one_launch, together);
     Job<Real>& job = call.job;
     job.support = data_of<Real>(s);
     job.query = data_of<Real>(q);
@@ -354,7 +360,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     int64_t turn = 0;
     const Tensor spare = sums ? uninitialized({tasks, program.params}, options) : Tensor();  // hardly touched
     if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
-    if (by_groups) job.group = group;
+    if (by_groups || together > 0) job.group = by_groups ? group : 1;
     if (sums) {
       job.rows = spare.mutable_data_ptr<Real>();
       job.ready = ready.data();
@@ -362,13 +368,8 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     }
     job.rate_gradient = wants_rate_gradient ? result.rate_gradient.mutable_data_ptr<Real>() : nullptr;
     call.run();
-    if (!by_groups) return;
-    const std::vector<Real> ones(size_t(groups), Real(1));
-    const Tensor of_groups = std::exchange(result.gradient, uninitialized({program.params}, options));
-    engine_functions<Real>().weighted_sum(of_groups.const_data_ptr<Real>(), groups, groups, program.params,
-                                          ones.data(), 0, program.params,
-                                          result.gradient.mutable_data_ptr<Real>());
   });
+  if (by_groups) result.gradient = sum_tasks(result.gradient, {}, groups);
   return result;
 }
 
@@ -388,9 +389,33 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
   });
 }
 
+int64_t Engine::together(int64_t tasks, int64_t support, int64_t query) const {
+  constexpr int64_t kMost = 4, kParts = 8;  // for threads to share
+  const Program& program = plan_.program();
+  if (plan_.constants() > 0) return 0;
+  bool any = false;
+  for (int32_t i = 0; i < program.layer_count; ++i) {
+    const Layer& l = program.layers[i];
+    if (l.kind == Kind::conv2d) return 0;
+    any |= is_wide(program, l, support, query);
+  }
+  return any ? std::clamp<int64_t>(tasks / kParts, 1, kMost) : 0;
+}
+
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
-  const auto layout = plan_.layout(What::meta_step, true, support, query, steps);
-  return {layout->size * plan_.element(), steps * plan_.program().params * plan_.element()};
+  constexpr int64_t kMany = 1 << 20;
+  const int64_t at_once = steps == 1 ? together(kMany, support, query) : 0;
+  int64_t more = 0;
+  with_real(dtype_, [&](auto real) {
+    Job<decltype(real)> job{};
+    job.what = What::meta_step;
+    job.program = &plan_.program();
+    job.together = at_once;
+    more = engine_functions<decltype(real)>().more_workspace(job, support, query, true);
+  });
+  const auto layout = plan_.layout(What::meta_step, true, support, query, steps, false, more, at_once);
+  const int64_t tape = at_once > 0 ? 0 : steps * plan_.program().params;
+  return {layout->size * plan_.element(), tape * plan_.element()};
 }
 
 std::vector<int64_t> Engine::winograd_from() const {

@@ -85,8 +85,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
                          const Side& support, const Side& query, const Inner& inner,
                          const std::optional<at::Tensor>& weights);
 
-  // Bytes of one thread's workspace for a meta-step, and of them the tape of inner steps' parameters.
+  // Bytes of one thread's workspace for a meta-step by plain steps, of any number of tasks, and of them the
+  // tape of inner steps' parameters.
   std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
+
+  // Job::together of a meta-step of one plain inner step on the CPU; 0: tasks share nothing. Not a matter of
+  // threads, for the same bits with any.
+  int64_t together(int64_t tasks, int64_t support, int64_t query) const;
 
   // Layouts of workspaces that are kept, of the latest sizes of episodes.
   int64_t layouts() { return plan_.layouts(); }
@@ -153,7 +158,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
                                         bool wants_rate_gradient);
   // Nobody has asked for the gradient of tasks' losses one by one, yet.
   std::atomic<bool> sums_{true};
-  // sum_t weights_t rows_t of (T, size), (size,), by groups of so many tasks.
+  // sum_t weights_t rows_t of (T, size), (size,), by groups of so many tasks; on the CPU, weights may be
+  // undefined, and are ones then.
   at::Tensor sum_tasks(const at::Tensor& rows, const at::Tensor& weights, int64_t group) const;
   // Tasks whose gradients are summed by themselves on the CPU, so that a thread keeps one row for them all
   // and few go from core to core; T where that does not pay. Not a matter of threads, for the same bits with

@@ -89,16 +89,19 @@ Tensor Engine::sum_tasks(const Tensor& rows, const Tensor& weights, int64_t grou
                                                   tasks, size, sums.mutable_data_ptr<Real>()},
                                                  gpu->stream());
     }
-    constexpr int64_t kChunk = 1024;
+    constexpr int64_t kChunk = 1024, kFew = 1 << 15;  // for one thread
     const int64_t chunks = (size + kChunk - 1) / kChunk;
-    const Real *const each = rows.const_data_ptr<Real>(), *const w = weights.const_data_ptr<Real>();
+    const std::vector<Real> ones(weights.defined() ? 0 : size_t(tasks), Real(1));
+    const Real *const each = rows.const_data_ptr<Real>(), *const w = weights.defined()
+                                                                         ? weights.const_data_ptr<Real>()
+                                                                         : ones.data();
     Real* const to = sums.mutable_data_ptr<Real>();
     const auto weighted_sum = engine_functions<Real>().weighted_sum;
     auto chunk = [&](int64_t index, int) {
       const int64_t begin = index * kChunk, end = std::min(begin + kChunk, size);
       weighted_sum(each, tasks, group, size, w, begin, end, to);
     };
-    cpu::run_tasks(chunks, at::get_num_threads(), chunk);
+    cpu::run_tasks(chunks, rows.numel() <= kFew ? 1 : at::get_num_threads(), chunk);
   });
   return sums;
 }

@@ -20,13 +20,19 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
-// c[n, :] = bias + sum_k a[n, k] b[k, :], and with a second pair + a1[n, k] b1[k, :]. Rows lie a_row (a, a1),
-// b_row (b, b1) and c_row (c, gate) apart.
+// Two matrices, (rows, depth) and (depth, columns), whose rows lie so far apart.
+template <class Real>
+struct Factors {
+  const Real *a, *b;  // null: there are none
+  int64_t a_row, b_row, depth;
+};
+
+// c[n, :] = bias + sum_k a[n, k] b[k, :], of one pair of factors or two. Rows of c and gate lie c_row apart.
 template <class Real>
 struct RowProduct {
-  const Real *a, *b, *a1, *b1;
-  int64_t a_row, b_row, depth;
+  Factors<Real> first, second;
   const Real* bias;  // null: 0
+  bool add;          // to what c holds, in the place of bias
   bool relu;         // max(0, .)
   const Real* gate;  // not null: 0 where this is not above 0
   Real* c;
@@ -38,33 +44,36 @@ template <class Real>
 struct RowProductTiles {
   template <int kRows, int kVectors, bool kHalf>
   static void run(const RowProduct<Real>& p, int64_t first, int64_t tiles, int64_t column) {
-    const int64_t a_row = p.a_row, b_row = p.b_row, c_row = p.c_row, depth = p.depth;
+    const int64_t c_row = p.c_row;
     const Real* const bias = p.bias == nullptr ? nullptr : p.bias + column;
-    const Real *a = p.a + first * a_row, *a1 = p.a1 == nullptr ? nullptr : p.a1 + first * a_row;
+    const auto begin_of = [first](const Factors<Real>& f) {
+      return f.a == nullptr ? nullptr : f.a + first * f.a_row;
+    };
+    const Real *a = begin_of(p.first), *a1 = begin_of(p.second);
     for (int64_t at = first * c_row + column; tiles > 0; --tiles, at += kRows * c_row) {
       Sums<Real, kRows, kVectors, kHalf> sums;
       Shared<Real, kVectors, kHalf> shared;
-      if (bias == nullptr) {
+      if (p.add) {
+        sums.load_from([&](int m) { return p.c + at + m * c_row; });
+      } else if (bias == nullptr) {
         sums.clear();
       } else {
         sums.load_from([bias](int) { return bias; });
       }
-      const auto add = [&](const Real* rows, const Real* b) {
+      const auto add = [&](const Factors<Real>& f, const Real*& rows) {
+        const int64_t b_row = f.b_row, depth = f.depth;
         const Real* row[kRows];
 #pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) row[m] = rows + m * a_row;
-        b += column;
+        for (int m = 0; m < kRows; ++m) row[m] = rows + m * f.a_row;
+        const Real* b = f.b + column;
         for (int64_t k = 0; k < depth; ++k, b += b_row) {
           shared.load_from(b);
           sums.add_products([&](int m) { return row[m][k]; }, shared);
         }
+        rows += kRows * f.a_row;
       };
-      add(a, p.b);
-      a += kRows * a_row;
-      if (a1 != nullptr) {
-        add(a1, p.b1);
-        a1 += kRows * a_row;
-      }
+      add(p.first, a);
+      if (a1 != nullptr) add(p.second, a1);
       if (p.relu) sums.rectify();
       if (p.gate != nullptr) sums.close([&](int m) { return p.gate + at + m * c_row; });
       sums.store_to([&](int m) { return p.c + at + m * c_row; });
@@ -133,7 +142,7 @@ constexpr TilesOf<Real, void (*)(const OuterProduct<Real>&, int64_t, int64_t, in
 template <class Real>
 void run_row_product(const Team* team, const RowProduct<Real>& p, int64_t rows, int64_t columns) {
   const Columns<Real> cut(columns);
-  const double work = 2.0 * double(rows) * double(p.depth) * double(columns) / double(cut.groups.count);
+  const double work = 2.0 * double(rows) * double(p.first.depth) * double(columns) / double(cut.groups.count);
   for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
     const int across = cut.across(group);
     const auto& tiles_of = kRowProductTiles<Real>.of[cut.ends_half(group)][across - 1];
@@ -161,7 +170,7 @@ void run_outer_product(const Team* team, const OuterProduct<Real>& whole, int64_
                           skip(p.x, p.x_row), skip(p.g, p.g_row);
                           if (p.x1 != nullptr) skip(p.x1, p.x_row), skip(p.g1, p.g_row);
                           p.samples = samples;
-                          p.add = first_sample > 0;
+                          p.add = whole.add || first_sample > 0;
                           for_tiles(tiles, first, last, [&](int64_t high, int64_t row, int64_t count) {
                             kOuterProductTiles<Real>.of[half][across - 1][high - 1](p, row, count, column);
                           });
@@ -187,13 +196,20 @@ struct LinearCall {
 
   const Real* bias(const Real* w) const { return c.layer->bias ? w + inputs * lanes : nullptr; }
 
+  // Factors of outputs, x w; and of input gradients, dy wt. None where x or dy is null.
+  Factors<Real> forth(const Real* x, const Real* w) const {
+    return {x == nullptr ? nullptr : x + x_at, w, from, lanes, inputs};
+  }
+  Factors<Real> back(const Real* dy, const Real* wt) const {
+    return {dy == nullptr ? nullptr : dy + y_at, wt, to, c.in->pixel, c.out->c};
+  }
+
   // y = bias + x w (+ x1 w1)
-  void outputs(const Real* x, const Real* w, const Real* x1, const Real* w1, const Real* b, bool relu,
+  void outputs(const Factors<Real>& first, const Factors<Real>& second, const Real* b, bool relu,
                const Real* gate, Real* y) const {
-    run_row_product<Real>(c.team,
-                          {x + x_at, w, x1 == nullptr ? nullptr : x1 + x_at, w1, from, lanes, inputs, b, relu,
-                           gate == nullptr ? nullptr : gate + y_at, y + y_at, to},
-                          c.samples, lanes_of<Real>(c.out->c));
+    run_row_product<Real>(
+        c.team, {first, second, b, false, relu, gate == nullptr ? nullptr : gate + y_at, y + y_at, to},
+        c.samples, lanes_of<Real>(c.out->c));
   }
   // dw = x^T dy (+ x1^T dy1), db = sum dy
   void weight_gradient(const Real* x, const Real* dy, const Real* x1, const Real* dy1, Real* dw) const {
@@ -204,19 +220,15 @@ struct LinearCall {
                             inputs, lanes_of<Real>(c.out->c));
     if (!c.layer->bias) return;
     Real* const db = dw + inputs * lanes;
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) {
-      const Real* row = dy + y_at + lane;
-      Vec<Real> sum{};
-      for (int64_t n = c.layer->bias_cancels ? 0 : c.samples; n > 0; --n, row += to) sum += load(row);
-      store(db + lane, sum);
-    }
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(db + lane, Vec<Real>{});
+    if (!c.layer->bias_cancels) add_rows_to(dy + y_at, c.samples, to, lanes, db);
   }
   // dx = dy wt (+ dy1 wt1)
-  void input_gradient(const Real* dy, const Real* wt, const Real* dy1, const Real* wt1, Real* dx) const {
-    run_row_product<Real>(c.team,
-                          {dy + y_at, wt, dy1 == nullptr ? nullptr : dy1 + y_at, wt1, to, c.in->pixel,
-                           c.out->c, nullptr, false, c.layer->gated ? c.x + x_at : nullptr, dx + x_at, from},
-                          c.samples, lanes_of<Real>(c.in->c));
+  void input_gradient(const Factors<Real>& first, const Factors<Real>& second, Real* dx) const {
+    run_row_product<Real>(
+        c.team,
+        {first, second, nullptr, false, false, c.layer->gated ? c.x + x_at : nullptr, dx + x_at, from},
+        c.samples, lanes_of<Real>(c.in->c));
   }
   void transposed(const Real* w, Real* wt) const { transpose(w, inputs, c.out->c, lanes, wt, c.in->pixel); }
 };
@@ -224,7 +236,7 @@ struct LinearCall {
 template <class Real>
 void linear_fwd(const Call<Real>& c) {
   const LinearCall<Real> l(c);
-  l.outputs(c.x, c.w, nullptr, nullptr, l.bias(c.w), c.layer->relu != 0, nullptr, c.y);
+  l.outputs(l.forth(c.x, c.w), {}, l.bias(c.w), c.layer->relu != 0, nullptr, c.y);
 }
 
 template <class Real>
@@ -233,13 +245,13 @@ void linear_bwd(const Call<Real>& c) {
   if (c.dw != nullptr) l.weight_gradient(c.x, c.dy, nullptr, nullptr, c.dw);
   if (c.dx == nullptr) return;
   if (!c.w_is_known) l.transposed(c.w, c.saved);
-  l.input_gradient(c.dy, c.saved, nullptr, nullptr, c.dx);
+  l.input_gradient(l.back(c.dy, c.saved), {}, c.dx);
 }
 
 template <class Real>
 void linear_tfwd(const Call<Real>& c) {
   const LinearCall<Real> l(c);
-  l.outputs(c.x, c.tw, c.tx, c.w, l.bias(c.tw), false, c.layer->relu ? c.y : nullptr, c.ty);
+  l.outputs(l.forth(c.x, c.tw), l.forth(c.tx, c.w), l.bias(c.tw), false, c.layer->relu ? c.y : nullptr, c.ty);
 }
 
 template <class Real>
@@ -248,7 +260,7 @@ void linear_tbwd(const Call<Real>& c) {
   l.weight_gradient(c.x, c.tdy, c.tx, c.dy, c.tdw);
   if (c.tdx == nullptr) return;
   l.transposed(c.tw, c.tsaved);
-  l.input_gradient(c.tdy, c.saved, c.dy, c.tsaved, c.tdx);
+  l.input_gradient(l.back(c.tdy, c.saved), l.back(c.dy, c.tsaved), c.tdx);
 }
 
 template <class Real>

@@ -41,26 +41,54 @@ struct NarrowPair {
   const Real *first, *second;
 };
 
+// Lanes of whole vectors that C of x takes: those of a pixel may be more.
+template <class Real>
+inline int64_t narrow_features(const Call<Real>& c) {
+  constexpr int64_t kL = kLanes<Real>;
+  return (c.in->c + kL - 1) / kL * kL;
+}
+
+// So many rows or vectors at once: each output's is a chain of additions, and together they fill the
+// registers.
+constexpr int narrow_at_once(int outputs) { return outputs == 1 ? 4 : outputs == 2 ? 2 : 1; }
+
+// run(first, a constant): 0..count in parts of so many, and one by one.
+template <int kAtOnce, class Run>
+inline void in_blocks(int64_t count, const Run& run) {
+  int64_t first = 0;
+  for (; first + kAtOnce <= count; first += kAtOnce) run(first, std::integral_constant<int, kAtOnce>{});
+  for (; first < count; ++first) run(first, std::integral_constant<int, 1>{});
+}
+
 // y[n, :] = b + w x[n] (+ w1 x1[n]); zeros in y's other lanes.
 template <class Real>
 void narrow_outputs(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<Real> w, const Real* b, Real* y) {
-  const int64_t features = c.in->pixel, lanes = c.out->pixel, samples = c.samples;
+  const int64_t row = c.in->pixel, features = narrow_features(c), lanes = c.out->pixel;
   const int64_t from = c.in->sample, to = c.out->sample;
   y += c.out->origin;
   with_outputs(c.out->c, [&](auto outputs) {
-    for (int64_t n = 0; n < samples; ++n, y += to) {
-      Vec<Real> sum[outputs] = {};
+    constexpr int kOutputs = decltype(outputs)::value;
+    in_blocks<narrow_at_once(kOutputs)>(c.samples, [&](int64_t first, auto at_once) {
+      constexpr int kSamples = decltype(at_once)::value;
+      Vec<Real> sum[kSamples][kOutputs] = {};
       const auto add = [&](const Real* x, const Real* w) {
+        x += c.in->origin + first * from;
         for (int64_t i = 0; i < features; i += kLanes<Real>) {
-          const Vec<Real> value = load(x + i);
-          for (int o = 0; o < outputs; ++o) sum[o] += value * load(w + o * features + i);
+          for (int o = 0; o < kOutputs; ++o) {
+            const Vec<Real> weight = load(w + o * row + i);
+            for (int n = 0; n < kSamples; ++n) sum[n][o] += load(x + n * from + i) * weight;
+          }
         }
       };
-      add(x.first + c.in->origin + n * from, w.first);
-      if (x.second != nullptr) add(x.second + c.in->origin + n * from, w.second);
-      for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(y + lane, Vec<Real>{});
-      for (int o = 0; o < outputs; ++o) y[o] = sum_of_lanes<Real>(sum[o]) + (b == nullptr ? Real(0) : b[o]);
-    }
+      add(x.first, w.first);
+      if (x.second != nullptr) add(x.second, w.second);
+      for (int n = 0; n < kSamples; ++n) {
+        Real* const out = y + (first + n) * to;
+        for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(out + lane, Vec<Real>{});
+        for (int o = 0; o < kOutputs; ++o)
+          out[o] = sum_of_lanes<Real>(sum[n][o]) + (b == nullptr ? Real(0) : b[o]);
+      }
+    });
   });
 }
 
@@ -68,53 +96,62 @@ void narrow_outputs(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<Real> w,
 // the lanes that are padding.
 template <class Real>
 void narrow_weight_gradient(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<Real> dy, Real* dw) {
-  const int64_t features = c.in->pixel, lanes = c.out->pixel, samples = c.samples;
+  const int64_t row = c.in->pixel, lanes = c.out->pixel, samples = c.samples;
   const int64_t from = c.in->sample, to = c.out->sample;
   with_outputs(c.out->c, [&](auto outputs) {
-    for (int64_t i = 0; i < features; i += kLanes<Real>) {
-      Vec<Real> sum[outputs] = {};
+    constexpr int kOutputs = decltype(outputs)::value;
+    in_blocks<narrow_at_once(kOutputs)>(narrow_features(c) / kLanes<Real>, [&](int64_t first, auto at_once) {
+      constexpr int kVectors = decltype(at_once)::value;
+      const int64_t i = first * kLanes<Real>;
+      Vec<Real> sum[kOutputs][kVectors] = {};
       const auto add = [&](const Real* x, const Real* dy) {
+        x += c.in->origin + i, dy += c.out->origin;
         for (int64_t n = 0; n < samples; ++n, x += from, dy += to) {
-          const Vec<Real> value = load(x);
-          for (int o = 0; o < outputs; ++o) sum[o] += dy[o] * value;
+          for (int v = 0; v < kVectors; ++v) {
+            const Vec<Real> value = load(x + v * kLanes<Real>);
+            for (int o = 0; o < kOutputs; ++o) sum[o][v] += dy[o] * value;
+          }
         }
       };
-      add(x.first + c.in->origin + i, dy.first + c.out->origin);
-      if (x.second != nullptr) add(x.second + c.in->origin + i, dy.second + c.out->origin);
-      for (int o = 0; o < outputs; ++o) store(dw + o * features + i, sum[o]);
-    }
-    for (int o = 0; o < outputs; ++o) {
-      for (int64_t i = c.in->c; i < features; ++i) dw[o * features + i] = 0;
+      add(x.first, dy.first);
+      if (x.second != nullptr) add(x.second, dy.second);
+      for (int o = 0; o < kOutputs; ++o) {
+        for (int v = 0; v < kVectors; ++v) store(dw + o * row + i + v * kLanes<Real>, sum[o][v]);
+      }
+    });
+    for (int o = 0; o < kOutputs; ++o) {
+      for (int64_t i = c.in->c; i < row; ++i) dw[o * row + i] = 0;
     }
   });
   if (!c.layer->bias) return;
-  for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) {
-    const Real* row = dy.first + c.out->origin + lane;
-    Vec<Real> sum{};
-    for (int64_t n = 0; n < samples; ++n, row += to) sum += load(row);
-    store(dw + c.out->c * features + lane, sum);
-  }
+  Real* const db = dw + c.out->c * row;
+  for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(db + lane, Vec<Real>{});
+  add_rows_to(dy.first + c.out->origin, samples, to, lanes, db);
 }
 
 // dx[n, :] = sum_o dy[n, o] w[o, :] (+ dy1 w1).
-template <class Real>
+template <class Real, bool kBoth>
 void narrow_input_gradient(const Call<Real>& c, NarrowPair<Real> dy, NarrowPair<Real> w, Real* dx) {
   using V = Vec<Real>;
-  const int64_t features = c.in->pixel, samples = c.samples, from = c.in->sample, to = c.out->sample;
-  const bool gated = c.layer->gated != 0, both = dy.second != nullptr;
+  const int64_t row = c.in->pixel, features = narrow_features(c), samples = c.samples;
+  const int64_t from = c.in->sample, to = c.out->sample;
+  const bool gated = c.layer->gated != 0;
   with_outputs(c.out->c, [&](auto outputs) {
     for (int64_t i = 0; i < features; i += kLanes<Real>) {
       V w0[outputs], w1[outputs] = {};
       for (int o = 0; o < outputs; ++o) {
-        w0[o] = load(w.first + o * features + i);
-        if (both) w1[o] = load(w.second + o * features + i);
+        w0[o] = load(w.first + o * row + i);
+        if constexpr (kBoth) w1[o] = load(w.second + o * row + i);
       }
       const int64_t at = c.in->origin + i;
       for (int64_t n = 0; n < samples; ++n) {
         const Real* const d0 = dy.first + c.out->origin + n * to;
-        const Real* const d1 = both ? dy.second + c.out->origin + n * to : d0;
         V sum{};
-        for (int o = 0; o < outputs; ++o) sum += d0[o] * w0[o] + d1[o] * w1[o];
+        for (int o = 0; o < outputs; ++o) sum += d0[o] * w0[o];
+        if constexpr (kBoth) {
+          const Real* const d1 = dy.second + c.out->origin + n * to;
+          for (int o = 0; o < outputs; ++o) sum += d1[o] * w1[o];
+        }
         if (gated) sum = load(c.x + at + n * from) <= V{} ? V{} : sum;
         store(dx + at + n * from, sum);
       }
@@ -131,7 +168,7 @@ void linear_narrow_fwd(const Call<Real>& c) {
 template <class Real>
 void linear_narrow_bwd(const Call<Real>& c) {
   if (c.dw != nullptr) narrow_weight_gradient<Real>(c, {c.x, nullptr}, {c.dy, nullptr}, c.dw);
-  if (c.dx != nullptr) narrow_input_gradient<Real>(c, {c.dy, nullptr}, {c.w, nullptr}, c.dx);
+  if (c.dx != nullptr) narrow_input_gradient<Real, false>(c, {c.dy, nullptr}, {c.w, nullptr}, c.dx);
 }
 
 template <class Real>
@@ -143,7 +180,7 @@ void linear_narrow_tfwd(const Call<Real>& c) {
 template <class Real>
 void linear_narrow_tbwd(const Call<Real>& c) {
   narrow_weight_gradient<Real>(c, {c.x, c.tx}, {c.tdy, c.dy}, c.tdw);
-  if (c.tdx != nullptr) narrow_input_gradient<Real>(c, {c.tdy, c.dy}, {c.w, c.tw}, c.tdx);
+  if (c.tdx != nullptr) narrow_input_gradient<Real, true>(c, {c.tdy, c.dy}, {c.w, c.tw}, c.tdx);
 }
 
 template <class Real>

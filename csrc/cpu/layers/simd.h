@@ -162,6 +162,29 @@ inline Real sum_of_lanes(Vec<Real> v) {
   }
 }
 
+// sums[:] += a row of `lanes` for each of so many rows, `stride` apart: several vectors at a time, as each is
+// a chain of additions.
+template <class Real>
+inline void add_rows_to(const Real* rows, int64_t count, int64_t stride, int64_t lanes, Real* sums) {
+  constexpr int kAtOnce = 4, kL = kLanes<Real>;
+  int64_t lane = 0;
+  for (; lane + kAtOnce * kL <= lanes; lane += kAtOnce * kL) {
+    Vec<Real> sum[kAtOnce];
+    for (int v = 0; v < kAtOnce; ++v) sum[v] = load(sums + lane + v * kL);
+    const Real* row = rows + lane;
+    for (int64_t n = count; n > 0; --n, row += stride) {
+      for (int v = 0; v < kAtOnce; ++v) sum[v] += load(row + v * kL);
+    }
+    for (int v = 0; v < kAtOnce; ++v) store(sums + lane + v * kL, sum[v]);
+  }
+  for (; lane < lanes; lane += kL) {
+    Vec<Real> sum = load(sums + lane);
+    const Real* row = rows + lane;
+    for (int64_t n = count; n > 0; --n, row += stride) sum += load(row);
+    store(sums + lane, sum);
+  }
+}
+
 // Calls visit(offset) for the first lane of every pixel of N samples, row by row; `count` pixels lie `pixel`
 // apart.
 template <class Visit>
