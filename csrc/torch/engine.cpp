@@ -287,19 +287,18 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   if (program.loss == LossKind::cross_entropy) result.outcome.accuracy = uninitialized({tasks}, options);
   const bool plain = !inner.rates && inner.lstm.empty() && inner.truncate == 0 && batch == shots &&
                      inner.query_weights.empty() && !compares;
-  // Sums over tasks are made as gradients come, of short ones by groups, of others in their turn. Rows of few
-  // bytes stay in the cache; those of many threads are sooner summed by all of them at the end. The order is
-  // the same, and so are the bits. Tasks together have no gradients of their own: they always make sums.
-  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
   const bool one_sum = wants_gradient && weights.defined() && sums_ && !on_gpu;
   const int64_t together = !on_gpu && plain && inner.steps == 1
                                ? this->together(wants_gradient && !one_sum ? 1 : tasks, shots, queries)
                                : 0;
-  const bool may_sum = one_sum && (together > 0 || at::get_num_threads() <= kFewThreads);
-  const int64_t of_short = group_of(tasks), group = together > 0 && of_short == tasks ? together : of_short,
-                groups = (tasks + group - 1) / group;
-  const bool by_groups = may_sum && (groups > 1 || together > 0),
-             sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
+  // Sums over tasks are made as gradients come: of tasks together, of short ones by groups, of others in
+  // their turn. Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them
+  // at the end. The order is the same, and so are the bits; tasks together have no rows of their own.
+  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
+  const bool may_sum = one_sum && at::get_num_threads() <= kFewThreads;
+  const int64_t group = together > 0 ? together : group_of(tasks), groups = (tasks + group - 1) / group;
+  const bool by_groups = together > 0 ? one_sum : may_sum && groups > 1;
+  const bool sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
     result.gradient = sums ? uninitialized({program.params}, options)
                            : uninitialized({by_groups ? groups : tasks, program.params}, options);
@@ -360,7 +359,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     int64_t turn = 0;
     const Tensor spare = sums ? uninitialized({tasks, program.params}, options) : Tensor();  // hardly touched
     if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
-    if (by_groups || together > 0) job.group = by_groups ? group : 1;
+    if (by_groups) job.group = group;
     if (sums) {
       job.rows = spare.mutable_data_ptr<Real>();
       job.ready = ready.data();
