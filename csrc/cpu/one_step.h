@@ -71,7 +71,7 @@ class OneStep {
       support_forward_tangent();
       support_backward_tangent();
     }
-    write_gradient();
+    add_gradient();
   }
 
  private:
@@ -333,18 +333,19 @@ class OneStep {
     });
   }
 
-  // The tasks' row of gradients.
-  void write_gradient() const {
-    Real* const row = job_.gradient + first_ / job_.together * program_.params;
+  // To the row of the tasks' group, which the first of it begin.
+  void add_gradient() const {
+    Real* const row = job_.gradient + first_ / job_.group * program_.params;
+    const bool adds = first_ % job_.group != 0;
     for (int32_t i = 0; i < program_.layer_count; ++i) {
       const Layer& l = program_.layers[i];
       if (l.params == 0) continue;
       if (is_wide(l)) {
-        write_wide(i, row + l.param);
+        add_wide(i, adds, row + l.param);
         continue;
       }
       for (int64_t k = l.param; k < l.param + l.params; k += kLanes<Real>) {
-        Vec<Real> sum{};
+        Vec<Real> sum = adds ? load(row + k) : Vec<Real>{};
         for (int64_t t = 0; t < tasks_; ++t) {
           sum += load(along(t) + k);
           if (!job_.first_order) sum += load(own(t) + k);
@@ -353,11 +354,11 @@ class OneStep {
       }
     }
   }
-  void write_wide(int32_t i, Real* to) const {
+  void add_wide(int32_t i, bool adds, Real* to) const {
     const Wide s = wide(i);
     const int64_t lanes = program_.values[program_.layers[i].out].pixel;
     run_outer_product<Real>(job_.team,
-                            {s.x, s.e, nullptr, nullptr, s.from, s.to, query_n_ * tasks_, to, lanes, false},
+                            {s.x, s.e, nullptr, nullptr, s.from, s.to, query_n_ * tasks_, to, lanes, adds},
                             s.inputs, s.lanes_out);
     if (!job_.first_order) {
       const bool inner = s.th != nullptr;
@@ -366,11 +367,11 @@ class OneStep {
           {s.h, s.td, s.th, inner ? s.d : nullptr, s.from, s.to, support_n_ * tasks_, to, lanes, true},
           s.inputs, s.lanes_out);
     }
-    for (int64_t k = 0; s.lanes_out < lanes && k < s.inputs; ++k)
+    for (int64_t k = 0; !adds && s.lanes_out < lanes && k < s.inputs; ++k)
       std::fill_n(to + k * lanes + s.lanes_out, lanes - s.lanes_out, Real(0));
     if (s.bias == nullptr) return;
     Real* const bias = to + s.inputs * lanes;
-    std::fill_n(bias, lanes, Real(0));
+    if (!adds) std::fill_n(bias, lanes, Real(0));
     if (!s.has_bias) return;
     add_rows_to(s.e, query_n_ * tasks_, s.to, lanes, bias);
     if (!job_.first_order) add_rows_to(s.td, support_n_ * tasks_, s.to, lanes, bias);

@@ -108,8 +108,8 @@ struct Job {
   int32_t* ready;
   int64_t* turn;
   // Not 0: instead gradient has a row for each so many tasks, sum_t weights[t] gradient_t of theirs, which
-  // one thread runs in their order. With `together` gradient always has a row for each so many; weights may
-  // be null then, for ones.
+  // one thread runs in their order. Never 0 with `together`, of which it is a multiple; weights may be null
+  // then, for ones.
   int64_t group;
   int64_t stamp;  // no other job's, not 0
 };

@@ -294,9 +294,13 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   // Sums over tasks are made as gradients come: of tasks together, of short ones by groups, of others in
   // their turn. Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them
   // at the end. The order is the same, and so are the bits; tasks together have no rows of their own.
-  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
+  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4, kMostRows = 32;
   const bool may_sum = one_sum && at::get_num_threads() <= kFewThreads;
-  const int64_t group = together > 0 ? together : group_of(tasks), groups = (tasks + group - 1) / group;
+  const int64_t most = kMostRows * std::max<int64_t>(together, 1);
+  const int64_t group = together == 0 ? group_of(tasks)
+                        : one_sum     ? together * ((tasks + most - 1) / most)
+                                      : 1,
+                groups = (tasks + group - 1) / group;
   const bool by_groups = together > 0 ? one_sum : may_sum && groups > 1;
   const bool sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
@@ -359,7 +363,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     int64_t turn = 0;
     const Tensor spare = sums ? uninitialized({tasks, program.params}, options) : Tensor();  // hardly touched
     if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
-    if (by_groups) job.group = group;
+    if (wants_gradient && (by_groups || together > 0)) job.group = group;
     if (sums) {
       job.rows = spare.mutable_data_ptr<Real>();
       job.ready = ready.data();

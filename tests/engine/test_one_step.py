@@ -190,6 +190,25 @@ def test_the_same_bits_with_any_number_of_threads(name: str, tasks: int, dtype: 
 
 
 @native
+@pytest.mark.parametrize("tasks", [40, 131])
+def test_groups_of_tasks_that_take_several_turns(tasks: int) -> None:
+    """No more than 32 rows of gradients, whether a thread has a group or all threads share the tasks in turn."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 40), nn.Tanh(), nn.Linear(40, 5)).double()
+    plain, episodes = copy.deepcopy(model), episodes_of(tasks, 1600, 3, 5, "cross_entropy")
+    maml = mf.MAML(model, lr=0.2, steps=1)
+    assert together(maml, episodes) == 4
+    mf.reference.maml(plain, episodes, lr=0.2, steps=1).loss.backward()
+    engine, found = maml._engines(episodes.support_x, episodes.support_y).network.engine, []
+    for threads in (2, 4 * tasks // 3 + 1):
+        torch.set_num_threads(threads)
+        assert engine.shares_tasks(tasks, 1600, threads) == (threads > 2), "or this tests nothing"
+        found.append(by_both_doors(maml, episodes)[0])
+    assert torch.equal(found[0], found[1])
+    assert relative_error(found[0], gradient(plain)) <= BAR
+
+
+@native
 @pytest.mark.parametrize("name", ["relu", "batch norm, tanh", "gelu"])
 def test_a_tasks_results_do_not_depend_on_its_neighbours(name: str) -> None:
     """However many go together: logits and losses are those of the task alone, and NaN stays where it is."""
