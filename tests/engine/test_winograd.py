@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -78,17 +79,22 @@ def test_the_same_bits_however_many_samples_a_block_has() -> None:
 @needs_kernels
 @pytest.mark.parametrize("pixels", [7, 14])
 def test_float32_rounds_little(pixels: int) -> None:
-    """House rule 13, with the channels of Conv4."""
-    torch.manual_seed(0)
-    model = head(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(2, 64, 1), nn.Tanh(), shape=(2, pixels, pixels))
-    e = episodes_of((2, pixels, pixels), 9)
-    exact = four_functions.plain(model, e, "cross_entropy")
-    single, e32 = copy.deepcopy(model).float(), e.to(dtype=torch.float32)
-    found, _ = four_functions.native(single, e32, "cross_entropy")
-    torchs = four_functions.plain(single, e32, "cross_entropy")
-    assert 0 < winograd_from(single, e32)[-1] <= 9
-    for what in four_functions.NAMES:
-        error, allowed = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))
+    """House rule 13, with the channels of Conv4: medians, as one network's error may be four times another's."""
+    errors: dict[str, list[tuple[float, float]]] = {what: [] for what in four_functions.NAMES}
+    for seed in range(7):
+        torch.manual_seed(seed)
+        model = head(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(2, 64, 1), nn.Tanh(), shape=(2, pixels, pixels))
+        e = episodes_of((2, pixels, pixels), 9)
+        exact = four_functions.plain(model, e, "cross_entropy")
+        single, e32 = copy.deepcopy(model).float(), e.to(dtype=torch.float32)
+        found, _ = four_functions.native(single, e32, "cross_entropy")
+        torchs = four_functions.plain(single, e32, "cross_entropy")
+        assert 0 < winograd_from(single, e32)[-1] <= 9
+        for what in four_functions.NAMES:
+            ours, theirs = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))
+            errors[what].append((ours, theirs))
+    for what, each in errors.items():
+        error, allowed = map(statistics.median, zip(*each))
         assert error < 2 * allowed + 1e-6, what
 
 
