@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 from metafast.checks.compare import flat_gradient
+from metafast.learners.learner import Learner
 
 
 class Residual(nn.Module):
@@ -114,6 +115,21 @@ def episodes_for(name: str, tasks: int = 4, shots: int = 3, queries: int = 5, se
 def gradient(module: nn.Module) -> Tensor:
     """The flattened .grad of all parameters that require gradients."""
     return flat_gradient(module.parameters())
+
+
+def both_doors(learner: Learner, episodes: mf.Episodes, weights: Tensor | None = None) -> tuple[mf.Outcome, Tensor]:
+    """The outcome and the gradient, the same bits through both."""
+    learner.zero_grad()
+    out = learner(episodes, weights)
+    out.loss.backward()
+    found = gradient(learner)
+    learner.zero_grad()
+    accumulated = learner.accumulate_grad(episodes, weights)
+    assert torch.equal(gradient(learner), found)
+    assert torch.equal(accumulated.logits, out.logits) and torch.equal(accumulated.losses, out.losses)
+    assert not accumulated.loss.requires_grad
+    learner.zero_grad()
+    return out, found
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

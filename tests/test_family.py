@@ -12,27 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
-from tests.nets import build, episodes_for, gradient, relative_error
+from tests.nets import both_doors, build, episodes_for, gradient, relative_error
 from tests.test_inner_options import six_samples
 from tests.test_learners import Counting, DataDependent, WithDropout
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.emulated_in_part]
 BAR = 1e-10
 NETS = ["conv4", "mlp", "residual", "batch_norm", "partly_frozen", "tied"]
-
-
-def both_doors(learner: mf.GradientLearner, episodes: mf.Episodes, weights: Tensor | None) -> tuple[mf.Outcome, Tensor]:
-    """The outcome and the gradient, the same through both."""
-    learner.zero_grad()
-    out = learner(episodes, weights)
-    out.loss.backward()
-    found = gradient(learner)
-    learner.zero_grad()
-    accumulated = learner.accumulate_grad(episodes, weights)
-    assert torch.equal(gradient(learner), found) and torch.equal(accumulated.losses, out.losses)
-    assert not accumulated.loss.requires_grad
-    learner.zero_grad()
-    return out, found
 
 
 def task_weights(episodes: mf.Episodes) -> Tensor:

@@ -181,15 +181,27 @@ struct Network {
 
   // From the output's adjoint to those of all values and to dw (params,), which may be null.
   void backward(Real* dw) const {
+    each_backward<false>(nullptr, dw, nullptr, [&](int32_t, const Call<Real>& c) {
+      run(functions_of<Real>(c.layer->kind), &LayerFunctions<Real>::bwd, c);
+    });
+  }
+
+  // Layers on the way back, and what arrives at their inputs: run(layer's number, call with dx and dx1, or
+  // with tdx and tdx1).
+  template <bool kTangents, class Run>
+  void each_backward(const Real* tw, Real* dw, Real* tdw, const Run& run) const {
+    constexpr auto dx = kTangents ? &Call<Real>::tdx : &Call<Real>::dx;
+    constexpr auto dx1 = kTangents ? &Call<Real>::tdx1 : &Call<Real>::dx1;
+    const auto sum = [&](int32_t v) { return kTangents ? tadjoint(v) : adjoint(v); };
     for (int32_t i = program.layer_count - 1; i >= 0; --i) {
       const Layer& l = program.layers[i];
       if (!l.live) continue;
-      Call<Real> c = call(i, nullptr, dw, nullptr);
-      c.dx = target(l.dx, l.in, adjoint(l.in));
-      c.dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, adjoint(l.in1));
-      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::bwd, c);
-      arrive(l.dx, l.in, c.dx, adjoint(l.in));
-      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.dx1, adjoint(l.in1));
+      Call<Real> c = call(i, tw, dw, tdw);
+      c.*dx = target(l.dx, l.in, sum(l.in));
+      c.*dx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, sum(l.in1));
+      run(i, c);
+      arrive(l.dx, l.in, c.*dx, sum(l.in));
+      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.*dx1, sum(l.in1));
     }
   }
 
@@ -202,16 +214,9 @@ struct Network {
   }
 
   void backward_tangent(const Real* tw, Real* tdw) const {
-    for (int32_t i = program.layer_count - 1; i >= 0; --i) {
-      const Layer& l = program.layers[i];
-      if (!l.live) continue;
-      Call<Real> c = call(i, tw, nullptr, tdw);
-      c.tdx = target(l.dx, l.in, tadjoint(l.in));
-      c.tdx1 = l.in1 < 0 ? nullptr : target(l.dx1, l.in1, tadjoint(l.in1));
-      run(functions_of<Real>(l.kind), &LayerFunctions<Real>::tbwd, c);
-      arrive(l.dx, l.in, c.tdx, tadjoint(l.in));
-      if (l.in1 >= 0) arrive(l.dx1, l.in1, c.tdx1, tadjoint(l.in1));
-    }
+    each_backward<true>(tw, nullptr, tdw, [&](int32_t, const Call<Real>& c) {
+      run(functions_of<Real>(c.layer->kind), &LayerFunctions<Real>::tbwd, c);
+    });
   }
 
   // The loss of the outputs; their adjoint where `wants_adjoint`.
@@ -249,7 +254,7 @@ struct Network {
     return accuracy_of(value(last()) + v.origin, pass.samples, v.c, v.sample, labels);
   }
 
-  // Where a layer's gradient for an input goes, and what is to be done when it is there.
+ private:
   Real* target(Destination destination, int32_t v, Real* sum) const {
     if (destination == Destination::none) return nullptr;
     return destination == Destination::overwrite ? sum : workspace + pass.extra[v];

@@ -149,24 +149,6 @@ class OneStep {
     run_other(network, which, whole, prepare, [](const Call<Real>&) {});
   }
 
-  // Layers on the way back: run(number, call with dx and dx1, or tdx and tdx1).
-  template <class Run>
-  void each_backward(const Network<Real>& network, bool tangents, const Run& run) const {
-    const auto dx = tangents ? &Call<Real>::tdx : &Call<Real>::dx;
-    const auto dx1 = tangents ? &Call<Real>::tdx1 : &Call<Real>::dx1;
-    const auto sum = [&](int32_t v) { return tangents ? network.tadjoint(v) : network.adjoint(v); };
-    for (int32_t i = program_.layer_count - 1; i >= 0; --i) {
-      const Layer& l = program_.layers[i];
-      if (!l.live) continue;
-      Call<Real> c = network.call(i, nullptr, nullptr, nullptr);
-      c.*dx = network.target(l.dx, l.in, sum(l.in));
-      c.*dx1 = l.in1 < 0 ? nullptr : network.target(l.dx1, l.in1, sum(l.in1));
-      run(i, c);
-      network.arrive(l.dx, l.in, c.*dx, sum(l.in));
-      if (l.in1 >= 0) network.arrive(l.dx1, l.in1, c.*dx1, sum(l.in1));
-    }
-  }
-
   void support_forward() const {
     for (int32_t i = 0; i < program_.layer_count; ++i) {
       const Call<Real> whole = support_.call(i, nullptr, nullptr, nullptr);
@@ -189,7 +171,7 @@ class OneStep {
                           support_.adjoint(last) + at, support_.at(support_pass_.scratch));
     }
     scale(-job_.rate, support_.adjoint(last), tasks_ * support_n_ * v.sample);
-    each_backward(support_, false, [&](int32_t, const Call<Real>& whole) {
+    support_.template each_backward<false>(nullptr, nullptr, nullptr, [&](int32_t, const Call<Real>& whole) {
       const Layer& l = *whole.layer;
       if (is_wide(l)) return linear_bwd(whole);  // dx, not dw
       run_other(
@@ -253,7 +235,7 @@ class OneStep {
   }
 
   void query_backward() const {
-    each_backward(query_, false, [&](int32_t i, const Call<Real>& whole) {
+    query_.template each_backward<false>(nullptr, nullptr, nullptr, [&](int32_t i, const Call<Real>& whole) {
       const Layer& l = *whole.layer;
       if (!is_wide(l)) {
         return run_other(query_, &Functions::bwd, whole, [&](Call<Real>& c, int64_t t) {
@@ -312,7 +294,7 @@ class OneStep {
                                   support_.tangent(last) + at, support_.tadjoint(last) + at);
     }
     scale(-job_.rate, support_.tadjoint(last), tasks_ * support_n_ * v.sample);
-    each_backward(support_, true, [&](int32_t i, const Call<Real>& whole) {
+    support_.template each_backward<true>(nullptr, nullptr, nullptr, [&](int32_t i, const Call<Real>& whole) {
       const Layer& l = *whole.layer;
       if (!is_wide(l)) {
         return run_other(support_, &Functions::tbwd, whole, [&](Call<Real>& c, int64_t t) {

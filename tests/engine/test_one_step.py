@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 from tests.backends import native, on_dtypes
-from tests.nets import gradient, relative_error
+from tests.nets import both_doors, gradient, relative_error
 
 BAR = 1e-10
 FEATURES = 19
@@ -97,19 +97,6 @@ def together(maml: mf.MAML, episodes: mf.Episodes) -> int:
     return found
 
 
-def by_both_doors(maml: mf.MAML, episodes: mf.Episodes, weights: Tensor | None = None) -> tuple[Tensor, mf.Episodes]:
-    maml.zero_grad()
-    out = maml(episodes, weights)
-    out.loss.backward()
-    found = gradient(maml)
-    maml.zero_grad()
-    other = maml.accumulate_grad(episodes, weights)
-    assert torch.equal(gradient(maml), found)
-    assert torch.equal(other.logits, out.logits) and torch.equal(other.losses, out.losses)
-    maml.zero_grad()
-    return found, out
-
-
 @native
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(
@@ -127,7 +114,7 @@ def test_exact(name: str, tasks: int, supports: int, queries: int) -> None:
         maml = mf.MAML(model, lr=0.2, steps=1, loss=loss, first_order=first_order)
         assert together(maml, episodes) == min(max(tasks // 8, 1), 4), "or this tests nothing"
         weights = torch.rand(tasks, dtype=torch.float64) if tasks == 17 else None
-        found, out = by_both_doors(maml, episodes, weights)
+        out, found = both_doors(maml, episodes, weights)
         wanted = mf.reference.maml(
             plain, episodes, lr=0.2, steps=1, loss=loss, first_order=first_order, weights=weights
         )
@@ -164,7 +151,7 @@ def test_any_cotangent(name: str) -> None:
     model.zero_grad()
     plain.zero_grad()
     mf.reference.maml(plain, episodes, lr=0.2, steps=1).loss.backward()
-    assert relative_error(by_both_doors(maml, episodes)[0], gradient(plain)) <= BAR
+    assert relative_error(both_doors(maml, episodes)[1], gradient(plain)) <= BAR
 
 
 @native
@@ -183,7 +170,7 @@ def test_the_same_bits_with_any_number_of_threads(name: str, tasks: int, dtype: 
     found = {}
     for threads in (1, 2, 3, 5, 16):
         torch.set_num_threads(threads)
-        taken, out = by_both_doors(maml, episodes)
+        out, taken = both_doors(maml, episodes)
         found[threads] = (taken, out.logits, out.losses)
     for results in found.values():
         assert all(torch.equal(a, b) for a, b in zip(results, found[1]))
@@ -203,7 +190,7 @@ def test_groups_of_tasks_that_take_several_turns(tasks: int) -> None:
     for threads in (2, 4 * tasks // 3 + 1):
         torch.set_num_threads(threads)
         assert engine.shares_tasks(tasks, 1600, threads) == (threads > 2), "or this tests nothing"
-        found.append(by_both_doors(maml, episodes)[0])
+        found.append(both_doors(maml, episodes)[1])
     assert torch.equal(found[0], found[1])
     assert relative_error(found[0], gradient(plain)) <= BAR
 
@@ -237,7 +224,7 @@ def test_float32_errs_as_much_as_autograd_does() -> None:
     mf.reference.maml(exact, episodes, lr=0.2, steps=1).loss.backward()
     single, plain = copy.deepcopy(model).float(), copy.deepcopy(model).float()
     rounded = episodes.to(dtype=torch.float32)
-    found, _ = by_both_doors(mf.MAML(single, lr=0.2, steps=1), rounded)
+    _, found = both_doors(mf.MAML(single, lr=0.2, steps=1), rounded)
     mf.reference.maml(plain, rounded, lr=0.2, steps=1).loss.backward()
     wanted = gradient(exact)
     assert relative_error(found.double(), wanted) <= 2 * relative_error(gradient(plain).double(), wanted) + 1e-6
