@@ -36,10 +36,9 @@ void to_engine(const Program& program, const Real* adapting, const Real* constan
 // The adapting parameters' gradients in the user's order; those that no layer uses are zero.
 template <class Real>
 void to_user(const Program& program, const Real* w, Real* adapting) {
-  for (int64_t p = 0; p < program.adapting; ++p) adapting[p] = 0;
-  for (int64_t i = 0; i < program.params; ++i) {
-    const int64_t to = program.source[i];
-    if (to >= 0 && to < program.adapting) adapting[to] = w[i];
+  for (int64_t p = 0; p < program.adapting; ++p) {
+    const int64_t from = program.place[p];
+    adapting[p] = from < 0 ? Real(0) : w[from];
   }
 }
 

@@ -55,6 +55,11 @@ Plan::Plan(const std::vector<int64_t>& ints, const std::vector<double>& numbers,
   program_.layer_count = int32_t(layers_.size());
   program_.params = int64_t(source_.size());
   program_.source = source_.data();
+  place_.assign(size_t(program_.adapting), -1);
+  for (size_t i = 0; i < source_.size(); ++i) {
+    if (source_[i] >= 0 && source_[i] < program_.adapting) place_[size_t(source_[i])] = int64_t(i);
+  }
+  program_.place = place_.data();
   mlp_ = find_mlp();
   program_.mlp = mlp_ ? &*mlp_ : nullptr;
 }

@@ -74,7 +74,7 @@ class Plan {
   std::vector<Value> values_;
   std::vector<Layer> layers_;
   std::vector<int64_t> weight_, bias_;  // of each layer, in the user's vector, -1 where none
-  std::vector<int64_t> source_;
+  std::vector<int64_t> source_, place_;
   std::vector<std::vector<int64_t>> reads_;  // of each layer
   std::vector<int32_t> shared_;              // values that several gradients arrive at
   int64_t scratch_per_call_ = 0;

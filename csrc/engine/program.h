@@ -99,7 +99,9 @@ struct Program {
   int32_t layer_count;
   int64_t params;         // length of a task's parameter vector, padding included
   const int64_t* source;  // (params,): index in the user's flat vector, -1 for padding
-  int64_t adapting;       // of those indices, the first so many adapt; the others are constants
+  // (adapting,): the other way round, -1 for what no layer uses; the CPU's alone.
+  const int64_t* place;
+  int64_t adapting;  // of those indices, the first so many adapt; the others are constants
   LossKind loss;
   const MlpShape* mlp;  // the network as this, its parameters in the user's order; null: it is none
 };

@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
   m.def("entries_are", metafast::entries_are,
         "metafast/engine/guard.py's question to a module's dictionaries.");
+  m.def("modules_are", metafast::modules_are, "Its question to modules, parameters and classes.");
+  m.def("hooked", metafast::hooked, "Whether one of the tensors has hooks, which only autograd calls.");
   m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
 
   m.def(

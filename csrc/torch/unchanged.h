@@ -11,4 +11,13 @@ bool entries_are(const pybind11::list& tables, const pybind11::list& keys, const
                  const pybind11::list& empty, const pybind11::list& sized, const pybind11::list& sizes,
                  const pybind11::list& ordered, const pybind11::list& orders);
 
+// Whether modules[i] is of types[i], parameters[i], a tensor, requires gradients as requires_grad[i] says,
+// and classes[i].forward is forwards[i], for all i.
+bool modules_are(const pybind11::list& modules, const pybind11::list& types, const pybind11::list& parameters,
+                 const pybind11::list& requires_grad, const pybind11::list& classes,
+                 const pybind11::list& forwards);
+
+// Whether one of the tensors has hooks, which only autograd calls.
+bool hooked(const pybind11::iterable& tensors);
+
 }  // namespace metafast

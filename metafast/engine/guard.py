@@ -77,6 +77,10 @@ class NotLowered(Exception):
 
 def hooked(parameters: Iterable[Tensor]) -> bool:
     """Whether a parameter has hooks, which only autograd calls."""
+    extension = native()
+    if extension is not None:
+        found: bool = extension.hooked(parameters)
+        return found
     return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
 
@@ -103,6 +107,7 @@ class Guard:
         self._types: list[type[nn.Module]] = [type(module) for module in self._modules]
         extension = native()
         self._entries_are = entries_are if extension is None else extension.entries_are
+        self._modules_are = modules_are if extension is None else extension.modules_are
         # Flat, so that one pass in C looks at all: tables[i][keys[i]] is values[i].
         self._tables: list[dict[str, Any]] = []
         self._keys: list[str] = []
@@ -138,9 +143,9 @@ class Guard:
                 self._ordered,
                 self._orders,
             )
-            and list(map(type, self._modules)) == self._types
-            and list(map(_requires_grad, self._parameters)) == self._requires_grad
-            and list(map(_forward, self._classes)) == self._forwards
+            and self._modules_are(
+                self._modules, self._types, self._parameters, self._requires_grad, self._classes, self._forwards
+            )
             and (not self._buffers or list(map(_kinds, self._buffers)) == self._kinds)
             and (not self._frozen or all(p.shape == shape for p, shape in self._frozen))
             and (not self._snapshots or all(_same(value, shot, self._known) for value, shot in self._snapshots))
@@ -204,6 +209,22 @@ def entries_are(
     except KeyError:
         return False
     return same and not any(empty) and list(map(len, sized)) == sizes and list(map(list, ordered)) == orders
+
+
+def modules_are(
+    modules: list[nn.Module],
+    types: list[type[nn.Module]],
+    parameters: list[nn.Parameter],
+    requires_grad: list[bool],
+    classes: list[type[nn.Module]],
+    forwards: list[object],
+) -> bool:
+    """Whether modules, parameters and classes are as they were, likewise."""
+    return (
+        list(map(type, modules)) == types
+        and list(map(_requires_grad, parameters)) == requires_grad
+        and list(map(_forward, classes)) == forwards
+    )
 
 
 def _kinds(table: dict[str, Any]) -> list[type]:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import metafast as mf
 from metafast import _native
 from metafast.engine.batch_norm import policy
-from metafast.engine.guard import Guard, NotLowered
+from metafast.engine.guard import Guard, NotLowered, hooked
 
 
 @dataclass
@@ -178,3 +178,21 @@ def test_a_guard_keeps_to_its_module_alone() -> None:
     guard = Guard(first)
     second.eval()
     assert guard.holds()
+
+
+def gradient_hook(p: Tensor) -> Any:
+    return p.register_hook(lambda g: g)
+
+
+def accumulation_hook(p: Tensor) -> Any:
+    return p.register_post_accumulate_grad_hook(lambda q: None)
+
+
+@pytest.mark.parametrize("register", [gradient_hook, accumulation_hook])
+def test_hooks_of_parameters_are_seen_while_they_are_there(register: Callable[[Tensor], Any]) -> None:
+    parameters = [nn.Parameter(torch.zeros(1)), torch.zeros(2, requires_grad=True)]
+    assert not hooked(parameters) and not hooked(iter(parameters)) and not hooked([])
+    hook = register(parameters[1])
+    assert hooked(parameters) and hooked(iter(parameters)) and not hooked(parameters[:1])
+    hook.remove()
+    assert not hooked(parameters)
