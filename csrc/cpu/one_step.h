@@ -23,15 +23,23 @@
 namespace metafast::cpu {
 namespace METAFAST_ISA {
 
+// (params,) where gradients go: added to what is there, or in its place.
+template <class Real>
+struct GradientRow {
+  Real* at;
+  bool adds;
+};
+
 template <class Real>
 class OneStep {
  public:
   // `count` tasks from `first` on, of `supports` and `queries` samples each. `known` as Network has it. With
   // no workspace it only tells the size.
   OneStep(const Job<Real>& job, int64_t first, int64_t count, int64_t supports, int64_t queries,
-          Real* workspace, const Real* known)
+          Real* workspace, const Real* known, GradientRow<Real> row)
       : job_(job),
         program_(*job.program),
+        row_(row),
         first_(first),
         tasks_(count),
         support_n_(supports),
@@ -315,10 +323,8 @@ class OneStep {
     });
   }
 
-  // To the row of the tasks' group, which the first of it begin.
   void add_gradient() const {
-    Real* const row = job_.gradient + first_ / job_.group * program_.params;
-    const bool adds = first_ % job_.group != 0;
+    const auto [row, adds] = row_;
     for (int32_t i = 0; i < program_.layer_count; ++i) {
       const Layer& l = program_.layers[i];
       if (l.params == 0) continue;
@@ -397,6 +403,7 @@ class OneStep {
 
   const Job<Real>& job_;
   const Program& program_;
+  const GradientRow<Real> row_;
   const int64_t first_, tasks_, support_n_, query_n_;
   const Pass support_pass_, query_pass_;  // of the tasks alone
   Network<Real> support_, query_;

@@ -127,7 +127,7 @@ void weighted_sum(const Real* rows, int64_t tasks, int64_t group, int64_t size, 
 
 template <class Real>
 int64_t more_workspace(const Job<Real>& job, int64_t supports, int64_t queries, bool wants_gradient) {
-  if (job.together > 0) return OneStep<Real>(job, 0, 0, supports, queries, nullptr, nullptr).size();
+  if (job.together > 0) return OneStep<Real>(job, 0, 0, supports, queries, nullptr, nullptr, {}).size();
   if (job.what == What::prototypes) return OneTaskHead<Real>(job, 0, nullptr, wants_gradient).size();
   return job.learned == nullptr ? 0 : LearnedRule<Real>(job, 0, nullptr, wants_gradient).size();
 }
@@ -153,9 +153,13 @@ void run_tasks(const Job<Real>& job, int64_t first, int64_t last, Real* workspac
   }
   const int64_t supports = job.layout->support.samples / job.together;
   const int64_t queries = job.layout->query.samples / job.together;
-  for (int64_t t = first; t < last; t += job.together) {
+  const int64_t count = last - first, parts = (count + job.together - 1) / job.together;
+  const int64_t row = (first * job.shares + job.tasks - 1) / job.tasks;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
     const Real* const known = begins_job(job, workspace) ? nullptr : job.theta;
-    OneStep<Real>(job, t, std::min(job.together, last - t), supports, queries, workspace, known).run();
+    Real* const sum = job.gradient == nullptr ? nullptr : job.gradient + row * job.program->params;
+    OneStep<Real>(job, begin, end - begin, supports, queries, workspace, known, {sum, part > 0}).run();
   }
 }
 

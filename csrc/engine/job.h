@@ -108,9 +108,11 @@ struct Job {
   int32_t* ready;
   int64_t* turn;
   // Not 0: instead gradient has a row for each so many tasks, sum_t weights[t] gradient_t of theirs, which
-  // one thread runs in their order. Never 0 with `together`, of which it is a multiple; weights may be null
-  // then, for ones.
+  // one thread runs in their order.
   int64_t group;
+  // Never 0 with `together`: so many rows has gradient instead, likewise, of as many tasks each as the others
+  // or one more: row r those from r * tasks / shares on. weights may be null, for ones.
+  int64_t shares;
   int64_t stamp;  // no other job's, not 0
 };
 

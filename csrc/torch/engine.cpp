@@ -135,7 +135,7 @@ class Engine::Call {
  public:
   Call(Engine& engine, at::Device device, What what, bool wants_gradient, int64_t tasks, int64_t support,
        int64_t query, int64_t steps, bool query_losses = false, const LearnedStep<Real>* learned = nullptr,
-       const HeadShape* head = nullptr, bool one_launch = false, int64_t together = 0)
+       const HeadShape* head = nullptr, bool one_launch = false, const Together& together = {})
       : engine_(engine), gpu_(Gpu::of(device)) {
     Plan& plan = gpu_ ? engine.gpu_plan_ : engine.plan_;
     job.what = what;
@@ -148,11 +148,12 @@ class Engine::Call {
     job.one_launch = one_launch;
     static std::atomic<int64_t> jobs{0};
     job.stamp = ++jobs;
-    job.together = together;
+    job.together = together.most;
+    job.shares = together.shares;
     const int64_t more =
         gpu_ ? 0 : engine_functions<Real>().more_workspace(job, support, query, wants_gradient);
     if (gpu_) shared_ = gpu_->functions<Real>().shared_workspace(job, wants_gradient);
-    layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, more, together);
+    layout_ = plan.layout(what, wants_gradient, support, query, steps, query_losses, more, together.most);
     job.layout = layout_.get();
   }
 
@@ -173,23 +174,21 @@ class Engine::Call {
 
   void run_by_tasks() {
     const int all = at::get_num_threads();
-    const int64_t together = std::max<int64_t>(job.together, 1);
-    const int64_t group = job.group > 0 ? job.group : together, groups = (job.tasks + group - 1) / group;
-    const int threads = int(std::min<int64_t>(all, groups));
-    const auto run_tasks = engine_functions<Real>().run_tasks;
-    const int64_t samples = std::max(job.layout->support.samples, job.layout->query.samples) / together;
-    if (engine_.shares_tasks(job.tasks, samples, all)) {
-      const cpu::Team team{all, cpu::run_parts};
-      job.team = &team;
-      Workspaces workspace = engine_.acquire(layout_, 1);
-      run_tasks(job, 0, job.tasks, static_cast<Real*>(workspace.threads[0].get()));
-      engine_.release(std::move(workspace));
-      return;
-    }
+    const int64_t group = std::max<int64_t>(job.group, 1);
+    const int64_t groups = job.together > 0 ? job.shares : (job.tasks + group - 1) / group;
+    const int64_t samples =
+        std::max(job.layout->support.samples, job.layout->query.samples) / std::max<int64_t>(job.together, 1);
+    const bool by_all = engine_.shares_tasks(job.tasks, samples, all);
+    const cpu::Team team{all, cpu::run_parts};
+    if (by_all) job.team = &team;
+    const int threads = by_all ? 1 : int(std::min<int64_t>(all, groups));
     Workspaces workspaces = engine_.acquire(layout_, threads);
     auto of_group = [&](int64_t index, int worker) {
-      run_tasks(job, index * group, std::min((index + 1) * group, job.tasks),
-                static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
+      const auto first = [&](int64_t g) {
+        return job.together > 0 ? g * job.tasks / job.shares : std::min(g * group, job.tasks);
+      };
+      engine_functions<Real>().run_tasks(job, first(index), first(index + 1),
+                                         static_cast<Real*>(workspaces.threads[size_t(worker)].get()));
     };
     cpu::run_tasks(groups, threads, of_group);
     engine_.release(std::move(workspaces));
@@ -288,20 +287,17 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
   const bool plain = !inner.rates && inner.lstm.empty() && inner.truncate == 0 && batch == shots &&
                      inner.query_weights.empty() && !compares;
   const bool one_sum = wants_gradient && weights.defined() && sums_ && !on_gpu;
-  const int64_t together = !on_gpu && plain && inner.steps == 1
-                               ? this->together(wants_gradient && !one_sum ? 1 : tasks, shots, queries)
-                               : 0;
+  const Together together = !on_gpu && plain && inner.steps == 1
+                                ? this->together(tasks, shots, queries, !wants_gradient || one_sum)
+                                : Together{};
   // Sums over tasks are made as gradients come: of tasks together, of short ones by groups, of others in
   // their turn. Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them
   // at the end. The order is the same, and so are the bits; tasks together have no rows of their own.
-  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4, kMostRows = 32;
+  constexpr int64_t kFewBytes = 1 << 20, kFewThreads = 4;
   const bool may_sum = one_sum && at::get_num_threads() <= kFewThreads;
-  const int64_t most = kMostRows * std::max<int64_t>(together, 1);
-  const int64_t group = together == 0 ? group_of(tasks)
-                        : one_sum     ? together * ((tasks + most - 1) / most)
-                                      : 1,
-                groups = (tasks + group - 1) / group;
-  const bool by_groups = together > 0 ? one_sum : may_sum && groups > 1;
+  const int64_t group = group_of(tasks),
+                groups = together.most > 0 ? together.shares : (tasks + group - 1) / group;
+  const bool by_groups = together.most > 0 ? one_sum : may_sum && groups > 1;
   const bool sums = may_sum && !by_groups && tasks * program.params * plan_.element() > kFewBytes;
   if (wants_gradient) {
     result.gradient = sums ? uninitialized({program.params}, options)
@@ -363,7 +359,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
     int64_t turn = 0;
     const Tensor spare = sums ? uninitialized({tasks, program.params}, options) : Tensor();  // hardly touched
     if (sums || by_groups) job.weights = weights.const_data_ptr<Real>();
-    if (wants_gradient && (by_groups || together > 0)) job.group = group;
+    if (by_groups && together.most == 0) job.group = group;
     if (sums) {
       job.rows = spare.mutable_data_ptr<Real>();
       job.ready = ready.data();
@@ -392,22 +388,25 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
   });
 }
 
-int64_t Engine::together(int64_t tasks, int64_t support, int64_t query) const {
-  constexpr int64_t kMost = 4, kParts = 8;  // for threads to share
+Engine::Together Engine::together(int64_t tasks, int64_t support, int64_t query, bool summed) const {
+  constexpr int64_t kMost = 4, kParts = 8, kMostShares = 32;  // parts: for threads to share
   const Program& program = plan_.program();
-  if (plan_.constants() > 0) return 0;
+  if (plan_.constants() > 0) return {};
   bool any = false;
   for (int32_t i = 0; i < program.layer_count; ++i) {
     const Layer& l = program.layers[i];
-    if (l.kind == Kind::conv2d) return 0;
+    if (l.kind == Kind::conv2d) return {};
     any |= is_wide(program, l, support, query);
   }
-  return any ? std::clamp<int64_t>(tasks / kParts, 1, kMost) : 0;
+  if (!any) return {};
+  const int64_t groups = std::max((tasks + kMost - 1) / kMost, std::min(tasks, kParts));
+  const int64_t shares = summed ? std::min(groups, kMostShares) : tasks;
+  return {std::min((tasks + shares - 1) / shares, kMost), shares};
 }
 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
   constexpr int64_t kMany = 1 << 20;
-  const int64_t at_once = steps == 1 ? together(kMany, support, query) : 0;
+  const int64_t at_once = steps == 1 ? together(kMany, support, query, true).most : 0;
   int64_t more = 0;
   with_real(dtype_, [&](auto real) {
     Job<decltype(real)> job{};

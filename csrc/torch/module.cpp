@@ -111,8 +111,13 @@ PYBIND11_MODULE(_C, m) {
       .def("accumulate", meta<&Engine::accumulate>)
       .def("workspace", &Engine::workspace, py::arg("support"), py::arg("query"), py::arg("steps"),
            "Bytes of a thread's workspace for a meta-step, and of them the tape of parameters.")
-      .def("together", &Engine::together, py::arg("tasks"), py::arg("support"), py::arg("query"),
-           "How many tasks of a meta-step of one plain inner step share what they do with theta; 0: none do.")
+      .def(
+          "together",
+          [](const Engine& e, int64_t tasks, int64_t support, int64_t query) {
+            return e.together(tasks, support, query, true).most;
+          },
+          py::arg("tasks"), py::arg("support"), py::arg("query"),
+          "How many tasks of a meta-step of one plain inner step share what they do with theta; 0: none do.")
       .def("shares_tasks", &Engine::shares_tasks, py::arg("tasks"), py::arg("samples"), py::arg("threads"),
            "Whether so many tasks run one after the other, each on all threads.")
       .def("layouts", &Engine::layouts, "Workspace layouts kept, of the latest sizes of episodes.")
