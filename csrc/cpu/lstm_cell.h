@@ -4,8 +4,8 @@
 // product with the weights as they are and nothing is padded to whole vectors, whatever the hidden size. For
 // layer l
 //
-//   Z_l = (inputs; 1; h_l),  (K, block)       G = (W_l b_l V_l) Z_l
-//   backward    d(W_l b_l V_l) += dG Z_l',    d inputs = W_l' dG,  dh_l = V_l' dG
+//   Z_l = (1; inputs; h_l),  (K, block)       G = (b_l W_l V_l) Z_l
+//   backward    d(W_l V_l) += dG (inputs; h_l)',  d b_l += dG 1,  d inputs = W_l' dG,  dh_l = V_l' dG
 //
 // where a step from h = 0 leaves V_l out, and one whose d h nobody wants leaves that out.
 //
@@ -36,8 +36,11 @@ class LstmCell {
     for (int64_t l = 0; l < a_.layers; ++l) {
       const int64_t k = rows(l), gates = 4 * hidden_;
       most = std::max(most, k);
-      layer_[l] = {workspace.take(gates * k), workspace.take(inputs(l) * gates),
-                   workspace.take(hidden_ * gates), workspace.take(gates * Carver<Real>::whole(k)),
+      layer_[l] = {workspace.take(gates * k),
+                   workspace.take(inputs(l) * gates),
+                   workspace.take(hidden_ * gates),
+                   workspace.take(gates * Carver<Real>::whole(k - 1)),
+                   workspace.take(gates * kLanes<Real>),
                    frame_rows_};
       frame_rows_ += k + hidden_;
     }
@@ -54,8 +57,8 @@ class LstmCell {
 
   static Real* grads(Real* frame) { return frame; }
   // Layer l's h and c in a frame, (H, block) each.
-  Real* hidden(Real* frame, int64_t l) const { return inputs_of(frame, l) + (inputs(l) + 1) * kBlock; }
-  Real* cell(Real* frame, int64_t l) const { return inputs_of(frame, l) + rows(l) * kBlock; }
+  Real* hidden(Real* frame, int64_t l) const { return inputs_of(frame, l) + inputs(l) * kBlock; }
+  Real* cell(Real* frame, int64_t l) const { return hidden(frame, l) + hidden_ * kBlock; }
 
   // The weights of each layer side by side, and transposed where gradients go through them.
   void pack(bool transposed) {
@@ -65,8 +68,8 @@ class LstmCell {
                         *const b = a_.weights[3 * l + 2];
       Real* const packed = layer_[l].w;
       for (int64_t g = 0; g < gates; ++g) {
-        std::copy_n(w + g * n, n, packed + g * k);
-        packed[g * k + n] = b[g];
+        packed[g * k] = b[g];
+        std::copy_n(w + g * n, n, packed + g * k + 1);
         std::copy_n(v + g * hidden_, hidden_, packed + g * k + n + 1);
         for (int64_t i = 0; transposed && i < n; ++i) layer_[l].wt[i * gates + g] = w[g * n + i];
         for (int64_t i = 0; transposed && i < hidden_; ++i) layer_[l].vt[i * gates + g] = v[g * hidden_ + i];
@@ -92,8 +95,8 @@ class LstmCell {
     preprocess(frame);
     const int64_t h = hidden_, gate = h * kBlock;
     for (int64_t l = 0; l < a_.layers; ++l) {
-      Real *const z = inputs_of(frame, l), *const activated = gates_of(gates, l);
-      std::fill_n(z + inputs(l) * kBlock, kBlock, Real(1));
+      Real *const z = inputs_of(frame, l) - kBlock, *const activated = gates_of(gates, l);
+      std::fill_n(z, kBlock, Real(1));
       product(layer_[l].w, rows(l), 4 * h, z, from_zero ? inputs(l) + 1 : rows(l), activated);
       // Apart from what follows, so that a core has many short chains of operations at hand, not a long one.
       for (int64_t i = 0; i < 2 * gate; i += kLanes<Real>)
@@ -133,8 +136,10 @@ class LstmCell {
   // The weights' gradients begin.
   void begin() {
     std::fill_n(d_output_, (hidden_ + 1) * kLanes<Real>, Real(0));
-    for (int64_t l = 0; l < a_.layers; ++l)
-      std::fill_n(layer_[l].d_w, 4 * hidden_ * Carver<Real>::whole(rows(l)), Real(0));
+    for (int64_t l = 0; l < a_.layers; ++l) {
+      std::fill_n(layer_[l].d_w, 4 * hidden_ * Carver<Real>::whole(rows(l) - 1), Real(0));
+      std::fill_n(layer_[l].d_b, 4 * hidden_ * kLanes<Real>, Real(0));
+    }
   }
 
   // After forward: from d_updates (block,) and `carry`, the cotangents of h and c after the step, to d_grads
@@ -149,22 +154,30 @@ class LstmCell {
       const int64_t k = rows(l), n = inputs(l);
       const Real *const activated = gates_of(gates, l), *const c = cell(frame, l);
       Real *const d_h_of = carry + 2 * l * gate, *const d_c_of = d_h_of + gate;
-      for (int64_t i = 0; i < gate; i += kLanes<Real>) {
-        const V in = load(activated + i), forget = load(activated + gate + i),
-                candidate = load(activated + 2 * gate + i), out = load(activated + 3 * gate + i),
-                t = load(activated + 4 * gate + i);
-        const V d_h = load(d_z_ + i) + load(d_h_of + i);
-        const V d_c = load(d_c_of + i) + d_h * out * (1 - t * t);
-        store(d_gates_ + i, d_c * candidate * in * (1 - in));
-        store(d_gates_ + gate + i, d_c * load(c + i) * forget * (1 - forget));
-        store(d_gates_ + 2 * gate + i, d_c * in * (1 - candidate * candidate));
-        store(d_gates_ + 3 * gate + i, d_h * t * out * (1 - out));
-        store(d_c_of + i, d_c * forget);
+      for (int64_t j = 0; j < h; ++j) {
+        V d_b[4];
+        for (int g = 0; g < 4; ++g) d_b[g] = load(s.d_b + (g * h + j) * kLanes<Real>);
+        for (int64_t i = j * kBlock; i < (j + 1) * kBlock; i += kLanes<Real>) {
+          const V in = load(activated + i), forget = load(activated + gate + i),
+                  candidate = load(activated + 2 * gate + i), out = load(activated + 3 * gate + i),
+                  t = load(activated + 4 * gate + i);
+          const V d_h = load(d_z_ + i) + load(d_h_of + i);
+          const V d_c = load(d_c_of + i) + d_h * out * (1 - t * t);
+          const V d[4] = {d_c * candidate * in * (1 - in), d_c * load(c + i) * forget * (1 - forget),
+                          d_c * in * (1 - candidate * candidate), d_h * t * out * (1 - out)};
+          for (int g = 0; g < 4; ++g) {
+            d_b[g] += d[g];
+            store(d_gates_ + g * gate + i, d[g]);
+          }
+          store(d_c_of + i, d_c * forget);
+        }
+        for (int g = 0; g < 4; ++g) store(s.d_b + (g * h + j) * kLanes<Real>, d_b[g]);
       }
-      const int64_t used = from_zero ? n + 1 : k, wide = Carver<Real>::whole(used);
+      const int64_t used = from_zero ? n : k - 1, wide = Carver<Real>::whole(used);
       transpose(inputs_of(frame, l), used, kBlock, kBlock, transposed_, wide);
       outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
-                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, Carver<Real>::whole(k), true);
+                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, Carver<Real>::whole(k - 1),
+                  true);
       product(s.wt, 4 * h, n, d_gates_, 4 * h, d_z_);
       if (wants_carry) product(s.vt, 4 * h, h, d_gates_, 4 * h, d_h_of);
     }
@@ -178,26 +191,28 @@ class LstmCell {
   // The sums since `begin`, in the user's order, one weight after the other: LstmWeights::count() of them.
   void write_weights(Real* to) const {
     for (int64_t l = 0; l < a_.layers; ++l) {
-      const int64_t k = rows(l), n = inputs(l), wide = Carver<Real>::whole(k);
+      const int64_t n = inputs(l), wide = Carver<Real>::whole(rows(l) - 1);
       const Real* const d = layer_[l].d_w;
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += n) std::copy_n(d + g * wide, n, to);
-      for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n + 1, hidden_, to);
-      for (int64_t g = 0; g < 4 * hidden_; ++g) *to++ = d[g * wide + n];
+      for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n, hidden_, to);
+      for (int64_t g = 0; g < 4 * hidden_; ++g)
+        *to++ = sum_of_lanes<Real>(load(layer_[l].d_b + g * kLanes<Real>));
     }
     for (int64_t j = 0; j <= hidden_; ++j) *to++ = sum_of_lanes<Real>(load(d_output_ + j * kLanes<Real>));
   }
 
  private:
-  // w (4H, K), wt (inputs, 4H), vt (H, 4H), d_w (4H, K in whole vectors); where in a frame Z_l begins.
+  // w (4H, K), wt (inputs, 4H), vt (H, 4H), d_w (4H, K - 1 in whole vectors), d_b (4H, lanes), of which the
+  // lanes' sums are wanted; where in a frame Z_l begins.
   struct Layer {
-    Real *w, *wt, *vt, *d_w;
+    Real *w, *wt, *vt, *d_w, *d_b;
     int64_t frame_row;
   };
 
   int64_t inputs(int64_t l) const { return l == 0 ? 2 : hidden_; }
   int64_t rows(int64_t l) const { return inputs(l) + hidden_ + 1; }
-  // Z_l.
-  Real* inputs_of(Real* frame, int64_t l) const { return frame + layer_[l].frame_row * kBlock; }
+  // Z_l's, after the ones.
+  Real* inputs_of(Real* frame, int64_t l) const { return frame + (layer_[l].frame_row + 1) * kBlock; }
   template <class Gates>
   Gates* gates_of(Gates* gates, int64_t l) const {
     return gates + l * 5 * hidden_ * kBlock;

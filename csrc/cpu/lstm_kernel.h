@@ -137,18 +137,17 @@ class LstmBlocks {
   template <int kWide>
   static Square load_row(const Real* from, int64_t wide) {
     if constexpr (kWide == kSide) return *reinterpret_cast<const Unaligned*>(from);
+    if constexpr (kWide == kSide / 2) return load_half_row(from);
     Square row{};
-    if constexpr (kWide > 0) {
-      __builtin_memcpy(&row, from, kWide * sizeof(Real));
-    } else {
-      for (int64_t j = 0; j < wide; ++j) row[j] = from[j];
-    }
+    for (int64_t j = 0; j < wide; ++j) row[j] = from[j];
     return row;
   }
   template <int kWide>
   static void store_row(Square row, int64_t wide, Real* to) {
-    if constexpr (kWide > 0) {
-      __builtin_memcpy(to, &row, kWide * sizeof(Real));
+    if constexpr (kWide == kSide) {
+      *reinterpret_cast<Unaligned*>(to) = row;
+    } else if constexpr (kWide == kSide / 2) {
+      store_half_row(row, to);
     } else {
       for (int64_t j = 0; j < wide; ++j) to[j] = row[j];
     }

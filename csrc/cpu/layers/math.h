@@ -35,8 +35,7 @@ struct Numbers<float> {
   static constexpr float kLeastNormal = 0x1p-126f, kMost = 0x1.fffffep127f;
   static constexpr float kNormalMost = 15.0f;    // Phi(-15) is 0
   static constexpr float kGeluTanhMost = 12.0f;  // as far as its tanh is not 1
-  static constexpr float kExp[] = {0.500000001f,   0.166666667f,   0.0416664646f,
-                                   0.00833331089f, 0.00139336859f, 0.000198910307f};
+  static constexpr float kExp[] = {0.5f, 0.16666577f, 0.0416665547f, 0.00836317307f, 0.00139261761f};
   static constexpr float kLog[] = {0.666666852f, 0.399887348f, 0.295820236f};
   static constexpr float kNormal[] = {-1.73080694f,    1.06542443f,    -0.570119387f,   0.25658599f,
                                       -0.0915560921f,  0.0224507433f,  -0.00170120248f, -0.0013976816f,

@@ -293,6 +293,7 @@ template <>
 struct Block<float> {
   typedef float Row __attribute__((vector_size(32)));
   typedef float Memory __attribute__((vector_size(32), aligned(4)));
+  typedef float HalfMemory __attribute__((vector_size(16), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(32)));
   static constexpr int kSide = 8;
 };
@@ -300,9 +301,26 @@ template <>
 struct Block<double> {
   typedef double Row __attribute__((vector_size(32)));
   typedef double Memory __attribute__((vector_size(32), aligned(8)));
+  typedef double HalfMemory __attribute__((vector_size(16), aligned(8)));
   typedef int64_t Mask __attribute__((vector_size(32)));
   static constexpr int kSide = 4;
 };
+
+// Half a row, zeros after it; and the first half of one. Through memory the core would have to wait.
+inline Block<float>::Row load_half_row(const float* from) {
+  const Block<float>::HalfMemory half = *reinterpret_cast<const Block<float>::HalfMemory*>(from);
+  return __builtin_shufflevector(half, Block<float>::HalfMemory{}, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline Block<double>::Row load_half_row(const double* from) {
+  const Block<double>::HalfMemory half = *reinterpret_cast<const Block<double>::HalfMemory*>(from);
+  return __builtin_shufflevector(half, Block<double>::HalfMemory{}, 0, 1, 2, 3);
+}
+inline void store_half_row(Block<float>::Row row, float* to) {
+  *reinterpret_cast<Block<float>::HalfMemory*>(to) = __builtin_shufflevector(row, row, 0, 1, 2, 3);
+}
+inline void store_half_row(Block<double>::Row row, double* to) {
+  *reinterpret_cast<Block<double>::HalfMemory*>(to) = __builtin_shufflevector(row, row, 0, 1);
+}
 
 // Rows and lanes change places, in log2(kSide) rounds of exchanging halves.
 inline void transpose_block(Block<float>::Row* r) {
