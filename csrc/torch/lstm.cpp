@@ -4,18 +4,17 @@
 // kernels, derivatives) -> here -> cpu/lstm_kernel.h or cuda/lstm.cuh.
 #include "../cpu/lstm.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "../cpu/isa.h"
 #include "../cuda/lstm.h"
+#include "items.h"
 #include "lstm_weights.h"
 #include "simt.h"
 
@@ -79,13 +78,10 @@ int64_t for_each_part(const Lstm<Real>& a, bool backward, const at::TensorOption
   const int64_t size = functions<Real>().workspace(a, backward);
   const Tensor workspaces = at::empty({threads, size}, options);
   Real* const memory = workspaces.mutable_data_ptr<Real>();
-  // torch's own threads, not the pool of the engine: torch's operations around this one leave them spinning
-  // for milliseconds, on the cores that a pool would want. Whoever is free takes the next part.
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
-    bool used = false;
-    for (int64_t part = taken++; part < parts; part = taken++, used = true)
-      run(part, part * blocks / parts, (part + 1) * blocks / parts, memory + worker * size, used);
+  std::vector<char> used(size_t(threads), 0);
+  for_each_item(parts, threads, [&](int64_t part, int64_t worker) {
+    run(part, part * blocks / parts, (part + 1) * blocks / parts, memory + worker * size,
+        std::exchange(used[size_t(worker)], 1) != 0);
   });
   return parts;
 }

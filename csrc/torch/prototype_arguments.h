@@ -2,17 +2,16 @@
 // them.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/prototypes.h"
 #include "checks.h"
+#include "items.h"
 #include "metric.h"
 #include "uninitialized.h"
 
@@ -164,11 +163,8 @@ struct Arguments {
     const int64_t size = functions<Real>().workspace(h, at_once);
     const Tensor workspaces = uninitialized({threads, size}, support.options());
     Real* const memory = workspaces.mutable_data_ptr<Real>();
-    // torch's own threads, see lstm.cpp. Whoever is free takes the next item.
-    std::atomic<int64_t> taken{0};
-    at::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
-      for (int64_t item = taken++; item < items; item = taken++)
-        run(item / parts, item % parts, memory + worker * size);
+    for_each_item(items, threads, [&](int64_t item, int64_t worker) {
+      run(item / parts, item % parts, memory + worker * size);
     });
   }
 };
