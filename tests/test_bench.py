@@ -79,8 +79,13 @@ def test_alternate_calls_short_sides_often_and_warms_up() -> None:
     timings = alternate({"short": clock.side("short", 1e-3)}, seconds=1.0, clock=clock)
     assert timings["short"].calls == 20
     assert timings["short"].median == pytest.approx(1e-3)
-    # Half as many calls lead untimed in each round.
+    # Ten calls lead untimed in each round.
     assert clock.log.count("short") == WARM_UP_CALLS + 30 * len(timings["short"].rounds)
+    # One of a side that takes longer than the lead, none of one that takes many times as long.
+    clock = FakeClock()
+    timings = alternate({"a": clock.side("a", 0.05), "b": clock.side("b", 0.2)}, seconds=4.0, clock=clock)
+    rounds = len(timings["a"].rounds)
+    assert clock.log[-3 * rounds :].count("a") == 2 * rounds and timings["a"].calls == 1
 
 
 def test_alternate_runs_a_few_rounds_without_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +19,12 @@ Stopwatch = Callable[[Callable[[], object], int], float]
 # metafast's engine records its operations after a dozen calls; after these every side is as fast as it gets.
 WARM_UP_CALLS = 16
 MIN_ROUNDS = 3
-# A round of one side takes at least this long, so that the clock and the change of sides do not count, and half of it
-# goes before it untimed: threads of OpenMP keep a core busy for up to 8 ms after the call that wanted them.
+# A round of one side takes at least this long, so that the clock and the change of sides do not count.
 ROUND_SECONDS = 0.02
+# What goes before it untimed: threads of OpenMP keep a core busy for up to 8 ms after the call that wanted them. Calls
+# of many times as long hardly notice.
+LEAD_SECONDS = 0.01
+LONG_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ def alternate(
     """Time the sides in turns.
 
     Each is warmed up, for at most a quarter of the time. Then in every round each side runs for 10 ms untimed, since
-    the one before left the caches full of its own and its threads waiting for more, and is timed for at least 20 ms;
-    the order changes from round to round. Sides that take 10 ms a call and more need no such lead.
+    the one before left the caches full of its own and its threads waiting for more, unless a call takes 0.1 s and more,
+    and is timed for at least 20 ms; the order changes from round to round.
 
     Args:
         sides: what to time, by name.
@@ -119,13 +123,14 @@ def alternate(
     share = seconds / 4 / len(sides)
     warm = {name: _warm_up(side, share, clock, measure) for name, side in sides.items()}
     calls = {name: max(1, round(ROUND_SECONDS / each)) for name, each in warm.items()}
+    lead = {name: math.ceil(LEAD_SECONDS / each) if each < LONG_SECONDS else 0 for name, each in warm.items()}
     rounds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     while len(rounds[order[0]]) < MIN_ROUNDS or clock() - start < seconds:
         for name in order:
             side, count = sides[name], calls[name]
-            if count > 1:
-                measure(side, count // 2)
+            if lead[name] > 0:
+                measure(side, lead[name])
             rounds[name].append(measure(side, count) / count)
         order = order[1:] + order[:1]
     return {name: Timing(tuple(rounds[name]), calls[name]) for name in sides}
