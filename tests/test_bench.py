@@ -487,7 +487,9 @@ def test_the_plot_has_a_bar_for_each_side(document: dict[str, Any], tmp_path: Pa
 
 
 def runs(line: np.ndarray[Any, Any]) -> int:
-    return int((np.diff(line.astype(int), prepend=0) == 1).sum())
+    """Those of 8 pixels and more: a bar has 30, the rim of a number on the axis may have the same grey."""
+    edges = np.diff(line.astype(int), prepend=0, append=0)
+    return int((np.nonzero(edges == -1)[0] - np.nonzero(edges == 1)[0] >= 8).sum())
 
 
 # --- the command -------------------------------------------------------------------------------------------------
