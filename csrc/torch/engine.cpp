@@ -288,7 +288,7 @@ Engine::Unrolled Engine::unroll(const Tensor& theta, const Tensor& constants, co
                      inner.query_weights.empty() && !compares;
   const bool one_sum = wants_gradient && weights.defined() && sums_ && !on_gpu;
   const Together together = !on_gpu && plain && inner.steps == 1
-                                ? this->together(tasks, shots, queries, !wants_gradient || one_sum)
+                                ? this->together(tasks, shots, queries, wants_gradient, one_sum)
                                 : Together{};
   // Sums over tasks are made as gradients come: of tasks together, of short ones by groups, of others in
   // their turn. Rows of few bytes stay in the cache; those of many threads are sooner summed by all of them
@@ -388,7 +388,8 @@ void Engine::set_loss(MetaOutcome& outcome, const Tensor& weights) const {
   });
 }
 
-Engine::Together Engine::together(int64_t tasks, int64_t support, int64_t query, bool summed) const {
+Engine::Together Engine::together(int64_t tasks, int64_t support, int64_t query, bool wants_gradient,
+                                  bool summed) const {
   constexpr int64_t kMost = 4, kParts = 8, kMostShares = 32;  // parts: for threads to share
   const Program& program = plan_.program();
   if (plan_.constants() > 0) return {};
@@ -400,13 +401,13 @@ Engine::Together Engine::together(int64_t tasks, int64_t support, int64_t query,
   }
   if (!any) return {};
   const int64_t groups = std::max((tasks + kMost - 1) / kMost, std::min(tasks, kParts));
-  const int64_t shares = summed ? std::min(groups, kMostShares) : tasks;
+  const int64_t shares = !wants_gradient ? groups : summed ? std::min(groups, kMostShares) : tasks;
   return {std::min((tasks + shares - 1) / shares, kMost), shares};
 }
 
 std::tuple<int64_t, int64_t> Engine::workspace(int64_t support, int64_t query, int64_t steps) {
   constexpr int64_t kMany = 1 << 20;
-  const int64_t at_once = steps == 1 ? together(kMany, support, query, true).most : 0;
+  const int64_t at_once = steps == 1 ? together(kMany, support, query, true, true).most : 0;
   int64_t more = 0;
   with_real(dtype_, [&](auto real) {
     Job<decltype(real)> job{};

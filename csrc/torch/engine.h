@@ -89,13 +89,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // tape of inner steps' parameters.
   std::tuple<int64_t, int64_t> workspace(int64_t support, int64_t query, int64_t steps);
 
-  // Job::together and Job::shares of a meta-step of one plain inner step on the CPU, where gradients are
-  // `summed` over tasks or not wanted, or each task's is; 0: tasks share nothing. Not a matter of threads,
-  // for the same bits with any.
+  // Job::together and Job::shares of a meta-step of one plain inner step on the CPU, where the gradient
+  // wanted is that `summed` over tasks or each task's; 0: tasks share nothing. Not a matter of threads, for
+  // the same bits with any.
   struct Together {
     int64_t most = 0, shares = 0;
   };
-  Together together(int64_t tasks, int64_t support, int64_t query, bool summed) const;
+  Together together(int64_t tasks, int64_t support, int64_t query, bool wants_gradient, bool summed) const;
 
   // Layouts of workspaces that are kept, of the latest sizes of episodes.
   int64_t layouts() { return plan_.layouts(); }

@@ -114,7 +114,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "together",
           [](const Engine& e, int64_t tasks, int64_t support, int64_t query) {
-            return e.together(tasks, support, query, true).most;
+            return e.together(tasks, support, query, true, true).most;
           },
           py::arg("tasks"), py::arg("support"), py::arg("query"),
           "How many tasks of a meta-step of one plain inner step share what they do with theta; 0: none do.")
