@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import metafast as mf
+from metafast import _native
 from tests.backends import native as needs_kernels
 from tests.engine import four_functions
 from tests.engine.test_layers import BAR, episodes_of, head
@@ -79,9 +80,13 @@ def test_the_same_bits_however_many_samples_a_block_has() -> None:
 @needs_kernels
 @pytest.mark.parametrize("pixels", [7, 14])
 def test_float32_rounds_little(pixels: int) -> None:
-    """House rule 13, with the channels of Conv4: medians, as one network's error may be four times another's."""
+    """House rule 13, with the channels of Conv4: medians, as one network's error may be four times another's.
+
+    Three times torch's error where we do without the fused multiply-adds that it has here.
+    """
+    times = 3 if _native.status().isa == "baseline" else 2
     errors: dict[str, list[tuple[float, float]]] = {what: [] for what in four_functions.NAMES}
-    for seed in range(7):
+    for seed in range(21):
         torch.manual_seed(seed)
         model = head(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(2, 64, 1), nn.Tanh(), shape=(2, pixels, pixels))
         e = episodes_of((2, pixels, pixels), 9)
@@ -95,7 +100,7 @@ def test_float32_rounds_little(pixels: int) -> None:
             errors[what].append((ours, theirs))
     for what, each in errors.items():
         error, allowed = map(statistics.median, zip(*each))
-        assert error < 2 * allowed + 1e-6, what
+        assert error < times * allowed + 1e-6, what
 
 
 @needs_kernels
