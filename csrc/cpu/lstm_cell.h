@@ -35,18 +35,18 @@ class LstmCell {
     int64_t most = 0;
     for (int64_t l = 0; l < a_.layers; ++l) {
       const int64_t k = rows(l), gates = 4 * hidden_;
-      most = std::max(most, k);
+      most = std::max(most, d_row(l));
       layer_[l] = {workspace.take(gates * k),
                    workspace.take(inputs(l) * gates),
                    workspace.take(hidden_ * gates),
-                   workspace.take(gates * Carver<Real>::whole(k - 1)),
+                   workspace.take(gates * d_row(l)),
                    workspace.take(gates * kLanes<Real>),
                    frame_rows_};
       frame_rows_ += k + hidden_;
     }
     d_z_ = workspace.take(std::max<int64_t>(2, hidden_) * kBlock);
     d_gates_ = workspace.take(4 * hidden_ * kBlock);
-    transposed_ = workspace.take(kBlock * Carver<Real>::whole(most));
+    transposed_ = workspace.take(kBlock * most);
     d_output_ = workspace.take((hidden_ + 1) * kLanes<Real>);
   }
 
@@ -137,7 +137,7 @@ class LstmCell {
   void begin() {
     std::fill_n(d_output_, (hidden_ + 1) * kLanes<Real>, Real(0));
     for (int64_t l = 0; l < a_.layers; ++l) {
-      std::fill_n(layer_[l].d_w, 4 * hidden_ * Carver<Real>::whole(rows(l) - 1), Real(0));
+      std::fill_n(layer_[l].d_w, 4 * hidden_ * d_row(l), Real(0));
       std::fill_n(layer_[l].d_b, 4 * hidden_ * kLanes<Real>, Real(0));
     }
   }
@@ -151,7 +151,7 @@ class LstmCell {
     backward_output(gates, d_updates);
     for (int64_t l = a_.layers - 1; l >= 0; --l) {
       const Layer& s = layer_[l];
-      const int64_t k = rows(l), n = inputs(l);
+      const int64_t n = inputs(l);
       const Real *const activated = gates_of(gates, l), *const c = cell(frame, l);
       Real *const d_h_of = carry + 2 * l * gate, *const d_c_of = d_h_of + gate;
       for (int64_t j = 0; j < h; ++j) {
@@ -173,11 +173,10 @@ class LstmCell {
         }
         for (int g = 0; g < 4; ++g) store(s.d_b + (g * h + j) * kLanes<Real>, d_b[g]);
       }
-      const int64_t used = from_zero ? n : k - 1, wide = Carver<Real>::whole(used);
+      const int64_t used = from_zero ? n : n + h, wide = Carver<Real>::whole(used);
       transpose(inputs_of(frame, l), used, kBlock, kBlock, transposed_, wide);
       outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
-                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, Carver<Real>::whole(k - 1),
-                  true);
+                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, d_row(l), true);
       product(s.wt, 4 * h, n, d_gates_, 4 * h, d_z_);
       if (wants_carry) product(s.vt, 4 * h, h, d_gates_, 4 * h, d_h_of);
     }
@@ -191,7 +190,7 @@ class LstmCell {
   // The sums since `begin`, in the user's order, one weight after the other: LstmWeights::count() of them.
   void write_weights(Real* to) const {
     for (int64_t l = 0; l < a_.layers; ++l) {
-      const int64_t n = inputs(l), wide = Carver<Real>::whole(rows(l) - 1);
+      const int64_t n = inputs(l), wide = d_row(l);
       const Real* const d = layer_[l].d_w;
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += n) std::copy_n(d + g * wide, n, to);
       for (int64_t g = 0; g < 4 * hidden_; ++g, to += hidden_) std::copy_n(d + g * wide + n, hidden_, to);
@@ -202,7 +201,7 @@ class LstmCell {
   }
 
  private:
-  // w (4H, K), wt (inputs, 4H), vt (H, 4H), d_w (4H, K - 1 in whole vectors), d_b (4H, lanes), of which the
+  // w (4H, K), wt (inputs, 4H), vt (H, 4H), d_w (4H, d_row), d_b (4H, lanes), of which the
   // lanes' sums are wanted; where in a frame Z_l begins.
   struct Layer {
     Real *w, *wt, *vt, *d_w, *d_b;
@@ -211,6 +210,8 @@ class LstmCell {
 
   int64_t inputs(int64_t l) const { return l == 0 ? 2 : hidden_; }
   int64_t rows(int64_t l) const { return inputs(l) + hidden_ + 1; }
+  // The inputs and h, in whole vectors.
+  int64_t d_row(int64_t l) const { return Carver<Real>::whole(inputs(l) + hidden_); }
   // Z_l's, after the ones.
   Real* inputs_of(Real* frame, int64_t l) const { return frame + (layer_[l].frame_row + 1) * kBlock; }
   template <class Gates>

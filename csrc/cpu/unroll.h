@@ -155,10 +155,10 @@ void run_tasks(const Job<Real>& job, int64_t first, int64_t last, Real* workspac
   const int64_t queries = job.layout->query.samples / job.together;
   const int64_t count = last - first, parts = (count + job.together - 1) / job.together;
   const int64_t row = (first * job.shares + job.tasks - 1) / job.tasks;
+  Real* const sum = job.gradient == nullptr ? nullptr : job.gradient + row * job.program->params;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
     const Real* const known = begins_job(job, workspace) ? nullptr : job.theta;
-    Real* const sum = job.gradient == nullptr ? nullptr : job.gradient + row * job.program->params;
     OneStep<Real>(job, begin, end - begin, supports, queries, workspace, known, {sum, part > 0}).run();
   }
 }
