@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from tests.engine.test_layers import BAR, episodes_of, head
 from tests.nets import gradient, relative_error
 
 
-def winograd_from(model: nn.Module, e: mf.Episodes) -> list[int]:
+def winograd_from(model: nn.Module, e: mf.Episodes, loss: str = "cross_entropy") -> list[int]:
     """From how many samples each convolution goes by Winograd's algorithm, 0: never."""
-    learner = mf.MAML(model)
+    learner = mf.MAML(model, loss=loss)
     with mf.use_backend("cpu"):
         engine = learner._engines(e.support_x, e.support_y)
     found: list[int] = engine.network.engine.winograd_from()
@@ -77,24 +76,21 @@ def test_the_same_bits_however_many_samples_a_block_has() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("seed", range(7))
 @pytest.mark.parametrize("pixels", [7, 14])
-def test_float32_rounds_little(pixels: int) -> None:
-    """House rule 13, with the channels of Conv4: medians, as one network's error may be four times another's."""
-    errors: dict[str, list[tuple[float, float]]] = {what: [] for what in four_functions.NAMES}
-    for seed in range(21):
-        torch.manual_seed(seed)
-        model = head(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(2, 64, 1), nn.Tanh(), shape=(2, pixels, pixels))
-        e = episodes_of((2, pixels, pixels), 9)
-        exact = four_functions.plain(model, e, "cross_entropy")
-        single, e32 = copy.deepcopy(model).float(), e.to(dtype=torch.float32)
-        found, _ = four_functions.native(single, e32, "cross_entropy")
-        torchs = four_functions.plain(single, e32, "cross_entropy")
-        assert 0 < winograd_from(single, e32)[-1] <= 9
-        for what in four_functions.NAMES:
-            ours, theirs = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))
-            errors[what].append((ours, theirs))
-    for what, each in errors.items():
-        error, allowed = map(statistics.median, zip(*each))
+def test_float32_rounds_little(pixels: int, seed: int) -> None:
+    """House rule 13, with the channels of Conv4. By squared errors: cross-entropy of logits as large as these drawn
+    ones amplifies whatever the last bits are, torch's and ours, up to twelve times one way or the other by chance."""
+    torch.manual_seed(seed)
+    model = head(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(2, 64, 1), nn.Tanh(), shape=(2, pixels, pixels))
+    e = episodes_of((2, pixels, pixels), 9, "mse")
+    exact = four_functions.plain(model, e, "mse")
+    single, e32 = copy.deepcopy(model).float(), e.to(dtype=torch.float32)
+    found, _ = four_functions.native(single, e32, "mse")
+    torchs = four_functions.plain(single, e32, "mse")
+    assert 0 < winograd_from(single, e32, "mse")[-1] <= 9
+    for what in four_functions.NAMES:
+        error, allowed = (relative_error(r[what].double(), exact[what]) for r in (found, torchs))
         assert error < 2 * allowed + 1e-6, what
 
 
