@@ -136,7 +136,7 @@ class Episodes:
         return self.support_x.shape[0]
 
     @property
-    def signature(self) -> Hashable:
+    def signature(self) -> tuple[Hashable, bool]:
         """All that decides whether a model takes the episodes, but the number of tasks and the numbers themselves."""
         self.validate()
         return self._signature, self.support_x.requires_grad or self.query_x.requires_grad

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../cpu/isa.h"
+#include "again.h"
 #include "build_info.h"  // written by setup.py: kBuildInfo, JSON
 #include "engine.h"
 #include "simt.h"
@@ -58,9 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] { return metafast::kBuildInfo; }, "What setup.py decided, as JSON.");
   m.def("isas", metafast::cpu::supported, "Instruction sets of this build that run here, ascending.");
   m.def("isa", metafast::cpu::current_name, "The instruction set in use.");
-  m.def("entries_are", metafast::entries_are,
-        "metafast/engine/guard.py's question to a module's dictionaries.");
-  m.def("modules_are", metafast::modules_are, "Its question to modules, parameters and classes.");
+  m.def("unchanged", metafast::unchanged, "Whether all that metafast/engine/guard.py watches is as it was.");
   m.def("hooked", metafast::hooked, "Whether one of the tensors has hooks, which only autograd calls.");
   m.def("use_isa", metafast::cpu::use, py::arg("isa"), "Force an instruction set, for tests.");
 
@@ -78,6 +77,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("simt_launches", emulator::launches, "Kernels that the emulator has begun so far.");
   m.attr("SIMT_ORDERS") = emulator::kOrders;
 #endif
+
+  py::class_<Inner>(m, "PlainInner",
+                    "An inner loop of phi - rate g from learned parameters, one rate for all.")
+      .def(py::init([](int64_t steps, double rate, bool first_order, int64_t batch,
+                       const std::vector<double>& query_weights, int64_t truncate) {
+             Inner inner{};
+             inner.steps = steps, inner.rate = rate, inner.first_order = first_order, inner.batch = batch;
+             inner.query_weights = query_weights, inner.truncate = truncate;
+             return inner;
+           }),
+           py::arg("steps"), py::arg("rate"), py::arg("first_order"), py::arg("batch"),
+           py::arg("query_weights"), py::arg("truncate"));
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine",
@@ -123,4 +134,5 @@ PYBIND11_MODULE(_C, m) {
       .def("layouts", &Engine::layouts, "Workspace layouts kept, of the latest sizes of episodes.")
       .def("winograd_from", &Engine::winograd_from,
            "The fewest samples with which each convolution goes by Winograd's algorithm, 0: never.");
+  m.def("again", metafast::again, "A meta-step like one before: metafast/engine/again.py.");
 }

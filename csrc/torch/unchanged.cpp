@@ -8,8 +8,29 @@ namespace {
 
 namespace py = pybind11;
 
+// Where the lists lie in a Watched.
+enum Field : Py_ssize_t {
+  kTables,
+  kKeys,
+  kValues,
+  kEmpty,
+  kSized,
+  kSizes,
+  kOrdered,
+  kOrders,
+  kTyped,
+  kKinds,
+  kModules,
+  kTypes,
+  kParameters,
+  kRequiresGrad,
+  kClasses,
+  kForwards,
+  kFields
+};
+
 // Without counting references, of lists that stand still.
-PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+PyObject* item(PyObject* list, Py_ssize_t i) { return PyList_GET_ITEM(list, i); }
 
 // A borrowed reference, null where there is no such key.
 PyObject* entry(PyObject* table, PyObject* key) {
@@ -18,18 +39,29 @@ PyObject* entry(PyObject* table, PyObject* key) {
   return found;
 }
 
+bool equal(PyObject* a, PyObject* b) {
+  const int found = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (found < 0) throw py::error_already_set();
+  return found != 0;
+}
+
 bool has_keys(PyObject* table, PyObject* keys) {
   if (PyDict_Size(table) != PyList_GET_SIZE(keys)) return false;
   Py_ssize_t position = 0, i = 0;
   for (PyObject* key = nullptr; PyDict_Next(table, &position, &key, nullptr) != 0; ++i) {
-    const int equal = PyObject_RichCompareBool(key, PyList_GET_ITEM(keys, i), Py_EQ);
-    if (equal < 0) throw py::error_already_set();
-    if (equal == 0) return false;
+    if (!equal(key, item(keys, i))) return false;
   }
   return true;
 }
 
-Py_ssize_t count(const py::list& list) { return PyList_GET_SIZE(list.ptr()); }
+bool has_types(PyObject* table, PyObject* types) {
+  if (PyDict_Size(table) != PyList_GET_SIZE(types)) return false;
+  Py_ssize_t position = 0, i = 0;
+  for (PyObject* value = nullptr; PyDict_Next(table, &position, nullptr, &value) != 0; ++i) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != item(types, i)) return false;
+  }
+  return true;
+}
 
 bool any(PyObject* hooks) {
   const int found = hooks == nullptr ? 0 : PyObject_IsTrue(hooks);
@@ -39,41 +71,47 @@ bool any(PyObject* hooks) {
 
 }  // namespace
 
-bool entries_are(const py::list& tables, const py::list& keys, const py::list& values, const py::list& empty,
-                 const py::list& sized, const py::list& sizes, const py::list& ordered,
-                 const py::list& orders) {
-  for (Py_ssize_t i = 0; i < count(tables); ++i) {
-    if (entry(item(tables, i), item(keys, i)) != item(values, i)) return false;
-  }
-  for (Py_ssize_t i = 0; i < count(empty); ++i) {
+bool unchanged(const py::tuple& watched) {
+  if (PyTuple_GET_SIZE(watched.ptr()) != kFields) throw py::type_error("watched: expected a Watched");
+  // Whether same(list's i-th item, the other's) holds for all i.
+  const auto all = [&](Field first, Field second, const auto& same) {
+    PyObject *const a = PyTuple_GET_ITEM(watched.ptr(), first), *const b =
+                                                                    PyTuple_GET_ITEM(watched.ptr(), second);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(a); ++i) {
+      if (!same(item(a, i), item(b, i))) return false;
+    }
+    return true;
+  };
+  PyObject *const values = PyTuple_GET_ITEM(watched.ptr(), kValues), *const empty = PyTuple_GET_ITEM(
+                                                                         watched.ptr(), kEmpty);
+  Py_ssize_t at = 0;
+  if (!all(kTables, kKeys,
+           [&](PyObject* table, PyObject* key) { return entry(table, key) == item(values, at++); }))
+    return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(empty); ++i) {
     if (PyDict_Size(item(empty, i)) != 0) return false;
   }
-  for (Py_ssize_t i = 0; i < count(sized); ++i) {
-    if (PyDict_Size(item(sized, i)) != PyLong_AsSsize_t(item(sizes, i))) return false;
-  }
-  for (Py_ssize_t i = 0; i < count(ordered); ++i) {
-    if (!has_keys(item(ordered, i), item(orders, i))) return false;
-  }
-  return true;
+  return all(kSized, kSizes,
+             [](PyObject* table, PyObject* size) { return PyDict_Size(table) == PyLong_AsSsize_t(size); }) &&
+         all(kOrdered, kOrders, has_keys) && all(kTyped, kKinds, has_types) &&
+         all(kModules, kTypes,
+             [](PyObject* module, PyObject* type) {
+               return reinterpret_cast<PyObject*>(Py_TYPE(module)) == type;
+             }) &&
+         all(kParameters, kRequiresGrad,
+             [](PyObject* parameter, PyObject* requires_grad) {
+               return THPVariable_Unpack(parameter).requires_grad() == (requires_grad == Py_True);
+             }) &&
+         all(kClasses, kForwards, [](PyObject* type, PyObject* forward) {
+           return equal(py::getattr(type, "forward").ptr(), forward);
+         });
 }
 
-bool modules_are(const py::list& modules, const py::list& types, const py::list& parameters,
-                 const py::list& requires_grad, const py::list& classes, const py::list& forwards) {
-  for (Py_ssize_t i = 0; i < count(modules); ++i) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(item(modules, i))) != item(types, i)) return false;
-  }
-  for (Py_ssize_t i = 0; i < count(parameters); ++i) {
-    if (THPVariable_Unpack(item(parameters, i)).requires_grad() != (item(requires_grad, i) == Py_True))
-      return false;
-  }
-  for (Py_ssize_t i = 0; i < count(classes); ++i) {
-    const py::object forward = py::getattr(item(classes, i), "forward");
-    if (!forward.equal(py::handle(item(forwards, i)))) return false;
-  }
-  return true;
+py::handle watched_parameters(const py::tuple& watched) {
+  return PyTuple_GET_ITEM(watched.ptr(), kParameters);
 }
 
-bool hooked(const py::iterable& tensors) {
+bool hooked(const py::handle& tensors) {
   for (const py::handle tensor : tensors) {
     if (!THPVariable_Check(tensor.ptr())) throw py::type_error("hooked: expected tensors");
     const auto* const variable = reinterpret_cast<const THPVariable*>(tensor.ptr());

@@ -13,7 +13,7 @@ import functools
 import types
 from collections.abc import Iterable
 from operator import attrgetter, getitem, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,52 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS) or any(_GLOBAL_HOOKS)
 
 
+class Watched(NamedTuple):
+    """What must be as it was, flat, so that one pass in C looks at all: ``csrc/torch/unchanged.cpp``, in this order.
+
+    Attributes:
+        tables, keys, values: tables[i][keys[i]] is values[i].
+        empty: dictionaries without entries.
+        sized, sizes: tables that must not grow, and how many entries each has.
+        ordered, orders: tables, and their keys in their order.
+        typed, kinds: tables, and the classes of their values.
+        modules, types: types[i] is the class of modules[i].
+        parameters, requires_grad: which of the parameters require gradients.
+        classes, forwards: classes of modules, and their forwards.
+    """
+
+    tables: list[dict[str, Any]]
+    keys: list[str]
+    values: list[object]
+    empty: list[dict[Any, Any]]
+    sized: list[dict[str, Any]]
+    sizes: list[int]
+    ordered: list[dict[str, Any]]
+    orders: list[list[str]]
+    typed: list[dict[str, Any]]
+    kinds: list[list[type]]
+    modules: list[nn.Module]
+    types: list[type]
+    parameters: list[nn.Parameter]
+    requires_grad: list[bool]
+    classes: list[type]
+    forwards: list[object]
+
+    def and_tables(self, tables: list[dict[str, Any]], unseen: frozenset[str]) -> Watched:
+        """This, and all entries of other tables but ``unseen`` ones: the same, and no more."""
+        entries = [(table, key) for table in tables for key in table if key not in unseen]
+        wider = self.and_entries(entries)
+        return wider._replace(sized=self.sized + tables, sizes=self.sizes + list(map(len, tables)))
+
+    def and_entries(self, entries: list[tuple[dict[str, Any], str]]) -> Watched:
+        """This, and entries of other tables by their keys."""
+        return self._replace(
+            tables=self.tables + [table for table, _ in entries],
+            keys=self.keys + [key for _, key in entries],
+            values=self.values + [table[key] for table, key in entries],
+        )
+
+
 class Guard:
     """Remembers a module as it is now; ``holds()`` says in a few microseconds whether it still is the same.
 
@@ -103,50 +149,38 @@ class Guard:
     def __init__(self, model: nn.Module) -> None:
         named = list(model.named_modules())
         self._known = frozenset(id(module) for _, module in named)
-        self._modules = [module for _, module in named]
-        self._types: list[type[nn.Module]] = [type(module) for module in self._modules]
         extension = native()
-        self._entries_are = entries_are if extension is None else extension.entries_are
-        self._modules_are = modules_are if extension is None else extension.modules_are
-        # Flat, so that one pass in C looks at all: tables[i][keys[i]] is values[i].
-        self._tables: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        self._values: list[object] = []
-        self._sized: list[dict[str, Any]] = []  # tables that must not grow either
-        self._ordered: list[dict[str, Any]] = []  # children, which a Sequential calls in their order
-        self._buffers: list[dict[str, Any]] = []  # only whether each is there: no lowered layer reads one
-        self._must_be_empty: list[dict[Any, Any]] = list(_GLOBAL_HOOKS)
+        self._unchanged = unchanged if extension is None else extension.unchanged
+        modules = [module for _, module in named]
+        classes: list[type] = list(dict.fromkeys(map(type, modules)))
+        parameters = list(model.parameters())
+        self.watched = Watched(
+            *([], [], []),
+            list(_GLOBAL_HOOKS),
+            *([], []),
+            *([], []),  # children, which a Sequential calls in their order
+            *([], []),  # buffers, only whether each is there: no lowered layer reads one
+            *(modules, list(map(type, modules))),
+            *(parameters, list(map(_requires_grad, parameters))),
+            *(classes, []),
+        )
         self._snapshots: list[tuple[object, object]] = []
         if any(_GLOBAL_HOOKS):
             raise NotLowered("torch has hooks on every module now, which only torch runs")
         for name, module in named:
             self._record(f"layer {name!r} ({type(module).__name__})" if name else _the(model), module)
-        self._classes = list(dict.fromkeys(self._types))
-        self._forwards = list(map(_forward, self._classes))
-        self._sizes = list(map(len, self._sized))
-        self._orders = list(map(list, self._ordered))
-        self._kinds = list(map(_kinds, self._buffers))
-        self._parameters = list(model.parameters())
-        self._requires_grad = list(map(_requires_grad, self._parameters))
-        self._frozen = [(p, p.shape) for p in self._parameters if not p.requires_grad]
+        self.watched.forwards.extend(map(_forward, classes))
+        self._frozen = [(p, p.shape) for p in parameters if not p.requires_grad]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether :attr:`watched` is all there is to look at."""
+        return not (self._frozen or self._snapshots)
 
     def holds(self) -> bool:
         """Whether nothing has changed that could change what the module computes."""
         return (
-            self._entries_are(
-                self._tables,
-                self._keys,
-                self._values,
-                self._must_be_empty,
-                self._sized,
-                self._sizes,
-                self._ordered,
-                self._orders,
-            )
-            and self._modules_are(
-                self._modules, self._types, self._parameters, self._requires_grad, self._classes, self._forwards
-            )
-            and (not self._buffers or list(map(_kinds, self._buffers)) == self._kinds)
+            self._unchanged(self.watched)
             and (not self._frozen or all(p.shape == shape for p, shape in self._frozen))
             and (not self._snapshots or all(_same(value, shot, self._known) for value, shot in self._snapshots))
         )
@@ -160,7 +194,7 @@ class Guard:
         for hooks in _HOOKS:
             if table[hooks]:
                 raise NotLowered(f"{label} has hooks ({hooks.strip('_')}), which only torch runs")
-            self._must_be_empty.append(table[hooks])
+            self.watched.empty.append(table[hooks])
         unseen = _UNSEEN | _POLICY if isinstance(module, (_BatchNorm, _InstanceNorm)) else _UNSEEN
         seen = [key for key in table if key not in unseen]
         for key in seen:
@@ -177,53 +211,42 @@ class Guard:
         for inner in (table["_modules"], table["_parameters"]):
             self._watch(inner, list(inner))
         if len(table["_modules"]) > 1:
-            self._ordered.append(table["_modules"])
+            self.watched.ordered.append(table["_modules"])
+            self.watched.orders.append(list(table["_modules"]))
         if table["_buffers"]:
-            self._buffers.append(table["_buffers"])
+            self.watched.typed.append(table["_buffers"])
+            self.watched.kinds.append(_kinds(table["_buffers"]))
         else:
-            self._must_be_empty.append(table["_buffers"])
+            self.watched.empty.append(table["_buffers"])
 
     def _watch(self, table: dict[str, Any], keys: list[str]) -> None:
-        if table:
-            self._tables += [table] * len(keys)
-            self._keys += keys
-            self._values += [table[key] for key in keys]
-            self._sized.append(table)
-        else:
-            self._must_be_empty.append(table)
+        watched = self.watched
+        if not table:
+            watched.empty.append(table)
+            return
+        watched.tables.extend([table] * len(keys))
+        watched.keys.extend(keys)
+        watched.values.extend(table[key] for key in keys)
+        watched.sized.append(table)
+        watched.sizes.append(len(table))
 
 
-def entries_are(
-    tables: list[dict[str, Any]],
-    keys: list[str],
-    values: list[object],
-    empty: list[dict[Any, Any]],
-    sized: list[dict[str, Any]],
-    sizes: list[int],
-    ordered: list[dict[str, Any]],
-    orders: list[list[str]],
-) -> bool:
-    """Whether dictionaries are as they were: csrc/torch/unchanged.h, for where there is no extension."""
+def unchanged(watched: Watched) -> bool:
+    """Whether all is as it was, for where there is no extension."""
+    w = watched
     try:
-        same = all(map(is_, map(getitem, tables, keys), values))
+        same = all(map(is_, map(getitem, w.tables, w.keys), w.values))
     except KeyError:
         return False
-    return same and not any(empty) and list(map(len, sized)) == sizes and list(map(list, ordered)) == orders
-
-
-def modules_are(
-    modules: list[nn.Module],
-    types: list[type[nn.Module]],
-    parameters: list[nn.Parameter],
-    requires_grad: list[bool],
-    classes: list[type[nn.Module]],
-    forwards: list[object],
-) -> bool:
-    """Whether modules, parameters and classes are as they were, likewise."""
     return (
-        list(map(type, modules)) == types
-        and list(map(_requires_grad, parameters)) == requires_grad
-        and list(map(_forward, classes)) == forwards
+        same
+        and not any(w.empty)
+        and list(map(len, w.sized)) == w.sizes
+        and list(map(list, w.ordered)) == w.orders
+        and list(map(_kinds, w.typed)) == w.kinds
+        and list(map(type, w.modules)) == w.types
+        and list(map(_requires_grad, w.parameters)) == w.requires_grad
+        and list(map(_forward, w.classes)) == w.forwards
     )
 
 

@@ -21,6 +21,7 @@ from metafast.engine.lowering.lower import lower
 from metafast.engine.recent import remember
 
 if TYPE_CHECKING:
+    from metafast.engine.again import Again
     from metafast.engine.task_model import TaskModel
     from metafast.episodes import Episodes
     from metafast.rules import PlainOptimizer
@@ -73,6 +74,7 @@ class NativeNetwork:
         descriptor: that and the loss as numbers, see :meth:`Lowered.descriptor`.
         parameters: the trainable parameters, in layout order.
         holds: whether the module still is what was lowered.
+        watched: what that question looks at; None where that is not all.
     """
 
     def __init__(self, task: TaskModel, sample_shape: torch.Size, dtype: torch.dtype) -> None:
@@ -81,6 +83,7 @@ class NativeNetwork:
         guard = Guard(task.model)
         self.lowered = lower(task.model, tuple(sample_shape), task.batch_norm)
         self.holds = guard.holds
+        self.watched = guard.watched if guard.is_plain else None
         self.descriptor = self.lowered.descriptor(task.loss.name)
         self.engine = compiled(self.descriptor, dtype)
         self.parameters = list(task.layout.parameters(task.model))
@@ -161,6 +164,7 @@ class Networks:
         # Why not, and the modes in which that was so.
         self._refused: OrderedDict[tuple[torch.Size, torch.dtype], tuple[str, tuple[bool, ...]]] = OrderedDict()
         self._warned = False
+        self.again: Again | None = None  # the latest plain meta-step's, for the next one
         self._fitting: OrderedDict[Hashable, NativeNetwork] = OrderedDict()
 
     def known(self, signature: Hashable) -> NativeNetwork | None:
@@ -246,4 +250,9 @@ class Networks:
 
     def __getstate__(self) -> dict[str, Any]:
         # Networks know their module by identity: a copy, or another process, lowers its own.
-        return self.__dict__ | {"_found": OrderedDict(), "_refused": OrderedDict(), "_fitting": OrderedDict()}
+        return self.__dict__ | {
+            "_found": OrderedDict(),
+            "_refused": OrderedDict(),
+            "_fitting": OrderedDict(),
+            "again": None,
+        }

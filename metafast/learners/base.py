@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.engine.again import again
 from metafast.engine.batches import check_batch
 from metafast.engine.networks import Inner, NativeNetwork
 from metafast.engine.select import Engine, EngineChoice
@@ -160,6 +161,7 @@ class GradientLearner(Learner):
         network = self._check(episodes, weights)
         inner = None if network is None else self._fused(episodes, weights)
         if network is not None and inner is not None:
+            self._remember(network, inner, episodes)
             return Outcome(*network.meta_step(episodes, inner, weights))
         losses, logits = self._query(episodes)
         return outcome(losses, logits, episodes.query_y, weights)
@@ -169,7 +171,13 @@ class GradientLearner(Learner):
         inner = None if network is None else self._fused(episodes, weights)
         if network is None or inner is None or self._learned(inner) or network.hooked():
             return None
+        self._remember(network, inner, episodes)
         return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
+
+    def _remember(self, network: NativeNetwork, inner: Inner, episodes: Episodes) -> None:
+        """For the next call like this one. A subclass's own inner loop may hang on what is not watched."""
+        if type(self)._fused is GradientLearner._fused and type(self)._check is GradientLearner._check:
+            self._task.native.again = again(self, network, inner, episodes)
 
     def _theta(self) -> Tensor:
         theta = self._task.theta()

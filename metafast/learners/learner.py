@@ -23,7 +23,6 @@ class Learner(nn.Module, ABC):
     # Whether tasks of different ways are groups of their own.
     _by_ways = False
 
-    @untraced
     def forward(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Adapt to every task's support set and judge on its query set; ``out.loss.backward()`` is exact.
 
@@ -37,11 +36,8 @@ class Learner(nn.Module, ABC):
         Raises:
             TypeError, ValueError: episodes or weights that do not fit the model, before any work.
         """
-        if self._masked(episodes):
-            return by_groups(self, episodes, weights)
-        return self._dense(episodes, weights)
+        return self._again(episodes, weights, False) or self._forward(episodes, weights)
 
-    @untraced
     def accumulate_grad(self, episodes: Episodes, weights: Tensor | None = None) -> Outcome:
         """Add the meta-gradient to ``.grad`` and return the detached outcome; the second door.
 
@@ -49,6 +45,23 @@ class Learner(nn.Module, ABC):
         RuntimeError in ``torch.inference_mode``, which makes no gradients. Under ``torch.autocast`` the backward pass
         runs outside of it.
         """
+        return self._again(episodes, weights, True) or self._accumulate_grad(episodes, weights)
+
+    def _again(self, episodes: Episodes, weights: Tensor | None, accumulate: bool) -> Outcome | None:
+        """The outcome where this call is like one before; None, before any work, where it may not be."""
+        again = self._task.native.again
+        if again is None or weights is not None or torch.compiler.is_compiling():
+            return None
+        return again(episodes, accumulate)
+
+    @untraced
+    def _forward(self, episodes: Episodes, weights: Tensor | None) -> Outcome:
+        if self._masked(episodes):
+            return by_groups(self, episodes, weights)
+        return self._dense(episodes, weights)
+
+    @untraced
+    def _accumulate_grad(self, episodes: Episodes, weights: Tensor | None) -> Outcome:
         _check.gradients_are_made()
         if self._masked(episodes):
             return by_groups(self, episodes, weights, accumulate=True)
