@@ -43,8 +43,10 @@ std::optional<std::array<Tensor, 4>> tensors_of(const py::handle& episodes, cons
     const py::object side = attribute(episodes, names().sides[i]);
     if (!THPVariable_Check(side.ptr())) return std::nullopt;
     found[i] = THPVariable_Unpack(side.ptr());
-    const int64_t version = PyLong_AsLongLong(PyTuple_GET_ITEM(checked.ptr(), Py_ssize_t(i)));
-    if (found[i].is_inference() || found[i]._version() != version || found[i].requires_grad())
+    PyObject* const version = PyTuple_GET_ITEM(checked.ptr(), Py_ssize_t(i));
+    int overflow = 0;
+    if (!PyLong_CheckExact(version) || found[i].is_inference() || found[i].requires_grad() ||
+        found[i]._version() != PyLong_AsLongLongAndOverflow(version, &overflow))
       return std::nullopt;
   }
   const py::object own = attribute(episodes, names().signature);
@@ -58,7 +60,7 @@ py::object outcome_of(const MetaOutcome& out, const py::type& type) {
   auto made = py::reinterpret_steal<py::object>(plain->tp_alloc(plain, 0));
   if (!made) throw py::error_already_set();
   const auto set = [&](size_t i, const py::object& value) {
-    if (PyObject_GenericSetAttr(made.ptr(), names().outcome[i].ptr(), value.ptr()) != 0)
+    if (!value || PyObject_GenericSetAttr(made.ptr(), names().outcome[i].ptr(), value.ptr()) != 0)
       throw py::error_already_set();
   };
   const auto wrapped = [](const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); };
@@ -71,12 +73,13 @@ py::object outcome_of(const MetaOutcome& out, const py::type& type) {
 
 }  // namespace
 
-py::object again(const std::shared_ptr<Engine>& engine, const Inner& inner, const py::tuple& watched,
-                 const py::tuple& signature, const py::type& episodes_type, const py::type& outcome_type,
-                 const py::handle& episodes, bool accumulate) {
-  if (!py::type::handle_of(episodes).is(episodes_type) || c10::InferenceMode::is_enabled() ||
-      at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA) ||
-      !unchanged(watched))
+py::object again(const py::handle& owner, const std::shared_ptr<Engine>& engine, const Inner& inner,
+                 const py::tuple& watched, const py::object& signature, const py::type& episodes_type,
+                 const py::type& outcome_type, const py::handle& learner, const py::handle& episodes,
+                 bool accumulate) {
+  if (!learner.is(owner) || !py::type::handle_of(episodes).is(episodes_type) ||
+      c10::InferenceMode::is_enabled() || at::autocast::is_autocast_enabled(at::kCPU) ||
+      at::autocast::is_autocast_enabled(at::kCUDA) || !unchanged(watched))
     return py::none();
   const auto tensors = tensors_of(episodes, signature);
   if (!tensors) return py::none();

@@ -13,6 +13,7 @@ void Engine::check(const char* name, const Tensor& t, at::IntArrayRef sizes, at:
 int64_t Engine::check_x(const char* name, const Tensor& x, int64_t tasks, at::Device device) const {
   const Value& in = plan_.program().values[0];
   check_like(name, x, dtype_, device);
+  TORCH_CHECK_VALUE(tasks >= 1, name, ": expected at least one task, got ", x.sizes());
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(0) == tasks && x.size(1) >= 1 &&
                         x.numel() == tasks * x.size(1) * in.c * in.h * in.w,
                     name, ": expected (T, N, ...) with T = ", tasks, " and ", in.c * in.h * in.w,

@@ -22,6 +22,7 @@ enum Field : Py_ssize_t {
   kKinds,
   kModules,
   kTypes,
+  kAttributes,
   kParameters,
   kRequiresGrad,
   kClasses,
@@ -54,11 +55,19 @@ bool has_keys(PyObject* table, PyObject* keys) {
   return true;
 }
 
+bool has_type(PyObject* value, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type; }
+
+bool has_attributes(PyObject* of, PyObject* attributes) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(of, nullptr));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == attributes;
+}
+
 bool has_types(PyObject* table, PyObject* types) {
   if (PyDict_Size(table) != PyList_GET_SIZE(types)) return false;
   Py_ssize_t position = 0, i = 0;
   for (PyObject* value = nullptr; PyDict_Next(table, &position, nullptr, &value) != 0; ++i) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != item(types, i)) return false;
+    if (!has_type(value, item(types, i))) return false;
   }
   return true;
 }
@@ -94,10 +103,7 @@ bool unchanged(const py::tuple& watched) {
   return all(kSized, kSizes,
              [](PyObject* table, PyObject* size) { return PyDict_Size(table) == PyLong_AsSsize_t(size); }) &&
          all(kOrdered, kOrders, has_keys) && all(kTyped, kKinds, has_types) &&
-         all(kModules, kTypes,
-             [](PyObject* module, PyObject* type) {
-               return reinterpret_cast<PyObject*>(Py_TYPE(module)) == type;
-             }) &&
+         all(kModules, kTypes, has_type) && all(kModules, kAttributes, has_attributes) &&
          all(kParameters, kRequiresGrad,
              [](PyObject* parameter, PyObject* requires_grad) {
                return THPVariable_Unpack(parameter).requires_grad() == (requires_grad == Py_True);

@@ -98,7 +98,7 @@ class Watched(NamedTuple):
         sized, sizes: tables that must not grow, and how many entries each has.
         ordered, orders: tables, and their keys in their order.
         typed, kinds: tables, and the classes of their values.
-        modules, types: types[i] is the class of modules[i].
+        modules, types, attributes: types[i] is the class of modules[i], attributes[i] its ``__dict__``.
         parameters, requires_grad: which of the parameters require gradients.
         classes, forwards: classes of modules, and their forwards.
     """
@@ -115,16 +115,23 @@ class Watched(NamedTuple):
     kinds: list[list[type]]
     modules: list[nn.Module]
     types: list[type]
+    attributes: list[dict[str, Any]]
     parameters: list[nn.Parameter]
     requires_grad: list[bool]
     classes: list[type]
     forwards: list[object]
 
-    def and_tables(self, tables: list[dict[str, Any]], unseen: frozenset[str]) -> Watched:
-        """This, and all entries of other tables but ``unseen`` ones: the same, and no more."""
-        entries = [(table, key) for table in tables for key in table if key not in unseen]
-        wider = self.and_entries(entries)
-        return wider._replace(sized=self.sized + tables, sizes=self.sizes + list(map(len, tables)))
+    def and_modules(self, modules: list[nn.Module], unseen: frozenset[str]) -> Watched:
+        """This, and of other modules their class and attributes but ``unseen`` ones, children and parameters."""
+        tables = [table for m in modules for table in (vars(m), vars(m)["_modules"], vars(m)["_parameters"])]
+        wider = self.and_entries([(table, key) for table in tables for key in table if key not in unseen])
+        return wider._replace(
+            sized=self.sized + tables,
+            sizes=self.sizes + list(map(len, tables)),
+            modules=self.modules + modules,
+            types=self.types + list(map(type, modules)),
+            attributes=self.attributes + [vars(m) for m in modules],
+        )
 
     def and_entries(self, entries: list[tuple[dict[str, Any], str]]) -> Watched:
         """This, and entries of other tables by their keys."""
@@ -155,14 +162,23 @@ class Guard:
         classes: list[type] = list(dict.fromkeys(map(type, modules)))
         parameters = list(model.parameters())
         self.watched = Watched(
-            *([], [], []),
-            list(_GLOBAL_HOOKS),
-            *([], []),
-            *([], []),  # children, which a Sequential calls in their order
-            *([], []),  # buffers, only whether each is there: no lowered layer reads one
-            *(modules, list(map(type, modules))),
-            *(parameters, list(map(_requires_grad, parameters))),
-            *(classes, []),
+            tables=[],
+            keys=[],
+            values=[],
+            empty=list(_GLOBAL_HOOKS),
+            sized=[],
+            sizes=[],
+            ordered=[],  # children, which a Sequential calls in their order
+            orders=[],
+            typed=[],  # buffers, only whether each is there: no lowered layer reads one
+            kinds=[],
+            modules=modules,
+            types=[type(module) for module in modules],
+            attributes=[vars(module) for module in modules],
+            parameters=parameters,
+            requires_grad=list(map(_requires_grad, parameters)),
+            classes=classes,
+            forwards=[],
         )
         self._snapshots: list[tuple[object, object]] = []
         if any(_GLOBAL_HOOKS):
@@ -245,6 +261,7 @@ def unchanged(watched: Watched) -> bool:
         and list(map(list, w.ordered)) == w.orders
         and list(map(_kinds, w.typed)) == w.kinds
         and list(map(type, w.modules)) == w.types
+        and all(map(is_, map(vars, w.modules), w.attributes))
         and list(map(_requires_grad, w.parameters)) == w.requires_grad
         and list(map(_forward, w.classes)) == w.forwards
     )

@@ -175,9 +175,8 @@ class GradientLearner(Learner):
         return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
 
     def _remember(self, network: NativeNetwork, inner: Inner, episodes: Episodes) -> None:
-        """For the next call like this one. A subclass's own inner loop may hang on what is not watched."""
-        if type(self)._fused is GradientLearner._fused and type(self)._check is GradientLearner._check:
-            self._task.native.again = again(self, network, inner, episodes)
+        """For the next call like this one."""
+        self._task.native.again = again(self, GradientLearner, network, inner, episodes)
 
     def _theta(self) -> Tensor:
         theta = self._task.theta()
@@ -188,6 +187,8 @@ class GradientLearner(Learner):
         return self._theta()
 
     def _engine(self, x: Tensor, y: Tensor) -> Engine:
+        if self._engines.rule is not self.rule or self._engines.first_order != self.first_order:
+            self._engines = EngineChoice(self._task, self.rule, self.first_order)  # they were set anew
         return self._engines(x, y)
 
     def _inner_loop(self, x: Tensor, y: Tensor, steps: int) -> Tensor:

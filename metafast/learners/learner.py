@@ -49,10 +49,11 @@ class Learner(nn.Module, ABC):
 
     def _again(self, episodes: Episodes, weights: Tensor | None, accumulate: bool) -> Outcome | None:
         """The outcome where this call is like one before; None, before any work, where it may not be."""
-        again = self._task.native.again
-        if again is None or weights is not None or torch.compiler.is_compiling():
+        # First of all: torch.compile would compile anew for every other `again`.
+        if torch.compiler.is_compiling() or weights is not None:
             return None
-        return again(episodes, accumulate)
+        again = self._task.native.again
+        return None if again is None else again(self, episodes, accumulate)
 
     @untraced
     def _forward(self, episodes: Episodes, weights: Tensor | None) -> Outcome:

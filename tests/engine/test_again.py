@@ -77,6 +77,16 @@ def test_a_call_like_the_one_before_is_not_checked_again(door: str, long_ways: l
     assert len(long_ways) == 1
 
 
+class Half(mf.SGD):
+    def step(self, params: Tensor, grads: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return params - self.lr / 2 * grads, state
+
+
+def attributes_of(module: nn.Module, **changed: object) -> None:
+    """Another dictionary of attributes, the old one as it was."""
+    object.__setattr__(module, "__dict__", vars(module) | changed)
+
+
 def to_tanh(learner: mf.MAML) -> None:
     learner.model[1] = nn.Tanh()
 
@@ -90,6 +100,8 @@ CHANGES: dict[str, tuple[Callable[[mf.MAML], object], dict[str, object]]] = {
     "support_batch": (lambda m: setattr(m, "support_batch", 3), {"support_batch": 3}),
     "activation": (to_tanh, {}),
     "numbers of parameters": (lambda m: m.model[0].weight.data.mul_(1.5), {}),
+    "attributes": (lambda m: attributes_of(m, steps=3), {"steps": 3}),
+    "attributes of the rule": (lambda m: attributes_of(m.rule, lr=0.3), {"lr": 0.3}),
     "a parameter": (lambda m: setattr(m.model[0], "bias", nn.Parameter(m.model[0].bias.detach() + 1)), {}),
 }
 
@@ -161,7 +173,7 @@ def test_a_forced_backend_is_heard(door: str, monkeypatch: pytest.MonkeyPatch) -
     assert learner._task.native.again is not None
     with mf.use_backend("torch"):
         monkeypatch.setattr("metafast.engine.networks.NativeNetwork.meta_step", not_here)
-        assert learner._task.native.again(episodes, door == "accumulate_grad") is None
+        assert learner._task.native.again(learner, episodes, door == "accumulate_grad") is None
         agrees(learner, episodes, step(learner, episodes, door))
 
 
@@ -185,25 +197,102 @@ def test_modes_that_make_no_gradients() -> None:
         with pytest.raises(RuntimeError, match="inference_mode makes no gradients"):
             learner.accumulate_grad(episodes)
     again = learner._task.native.again
-    assert again is not None and again(episodes, False) is not None
+    assert again is not None and again(learner, episodes, False) is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert again(episodes, False) is None
+        assert again(learner, episodes, False) is None
+
+
+class Warming(mf.MAML):
+    """Its rate is not among what is watched."""
+
+    def _fused(self, *arguments: object) -> object:
+        inner = super()._fused(*arguments)  # type: ignore[arg-type]
+        return inner._replace(rates=RATES.pop())  # type: ignore[union-attr]
+
+
+class Scheduled(mf.MAML):
+    """Nor are its steps."""
+
+    steps = property(lambda self: SCHEDULE[0], lambda self, steps: None)  # type: ignore[assignment]
+
+
+class Penalised(mf.MAML):
+    def _dense(self, *arguments: object) -> mf.Outcome:
+        out = super()._dense(*arguments)  # type: ignore[arg-type]
+        return mf.Outcome(out.loss + 1, out.losses, out.logits, out.accuracy)
+
+
+RATES: list[float] = []
+SCHEDULE = [2]
+
+
+def test_subclasses_that_do_otherwise_are_always_asked() -> None:
+    episodes = episodes_for("mlp")
+    warming = Warming(build("mlp"), steps=2)
+    for door in DOORS:
+        for rate in (0.1, 0.2):
+            RATES.append(rate)
+            agrees(warming, episodes, step(warming, episodes, door), lr=rate)
+    scheduled = Scheduled(build("mlp"), lr=0.2)
+    for steps in (2, 3):
+        SCHEDULE[0] = steps
+        agrees(scheduled, episodes, step(scheduled, episodes, "accumulate_grad"), steps=steps)
+    plain, penalised = learner_of(), Penalised(build("mlp"), lr=0.2, steps=2)
+    for _ in range(2):
+        assert relative_error(penalised(episodes).loss, plain(episodes).loss + 1) < BAR
+
+
+def test_a_subclass_with_a_constructor_alone_goes_the_short_way(long_ways: list[object]) -> None:
+    class Mine(mf.MAML):
+        """MAML with settings of its own."""
+
+        def __init__(self) -> None:
+            super().__init__(build("mlp"), lr=0.2, steps=2)
+            self.name = "mine"
+
+    learner, episodes = Mine(), episodes_for("mlp")
+    for _ in range(3):
+        agrees(learner, episodes, step(learner, episodes, "accumulate_grad"))
+    assert len(long_ways) == 1
 
 
 @on_doors
-def test_a_subclass_with_an_inner_loop_of_its_own_is_always_asked(door: str) -> None:
-    class Warming(mf.MAML):
-        """Its rate is not among what is watched."""
+def test_the_class_of_the_rule_is_asked(door: str) -> None:
+    learner, episodes = learner_of(), episodes_for("mlp")
+    step(learner, episodes, door)
+    learner.rule.__class__ = Half
+    agrees(learner, episodes, step(learner, episodes, door), lr=0.1)
 
-        rates = iter((0.1, 0.2))
 
-        def _fused(self, *arguments: object) -> object:
-            inner = super()._fused(*arguments)  # type: ignore[arg-type]
-            return inner._replace(rates=next(self.rates))  # type: ignore[union-attr]
-
-    learner, episodes = Warming(build("mlp"), steps=2), episodes_for("mlp")
+@on_doors
+def test_methods_of_the_object_are_asked(door: str) -> None:
+    rates = [0.2, 0.1]
+    learner, episodes = learner_of(), episodes_for("mlp")
+    learner.rule.plain_rates = lambda *_: rates.pop()  # type: ignore[method-assign]
     for rate in (0.1, 0.2):
         agrees(learner, episodes, step(learner, episodes, door), lr=rate)
+
+
+@on_doors
+def test_numbers_that_change_in_place_are_looked_at(door: str) -> None:
+    learner, episodes = learner_of(steps=2), episodes_for("mlp")
+    learner.steps = torch.tensor(2)  # type: ignore[assignment]
+    step(learner, episodes, door)
+    learner.steps += 1
+    agrees(learner, episodes, step(learner, episodes, door), steps=3)
+
+
+@on_doors
+def test_a_shallow_copy_goes_by_its_own_settings(door: str) -> None:
+    learner, episodes = learner_of(), episodes_for("mlp")
+    step(learner, episodes, door)
+    other = copy.copy(learner)
+    other.steps = 3
+    agrees(other, episodes, step(other, episodes, door), steps=3)
+    agrees(learner, episodes, step(learner, episodes, door))
+    learner.steps = 4
+    agrees(learner, episodes, step(learner, episodes, door), steps=4)
+    agrees(other, episodes, step(other, episodes, door), steps=3)
 
 
 @on_doors
@@ -248,3 +337,38 @@ def test_an_outcome_is_as_the_long_ways(long_ways: list[object]) -> None:
     assert type(again) is type(first) and vars(again).keys() == vars(first).keys()
     with pytest.raises(AttributeError):
         again.loss = first.loss  # type: ignore[misc]
+
+
+@on_doors
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_no_task_is_an_error(door: str, backend: str) -> None:
+    learner, episodes = learner_of(), episodes_for("mlp")
+    with mf.use_backend(backend):
+        step(learner, episodes, door)
+        for t in episodes._tensors():
+            t.data = t.data[:0]  # no counter tells
+        with pytest.raises((ValueError, RuntimeError)):
+            step(learner, episodes, door)
+
+
+@on_doors
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_every_engine_hears_of_other_settings(door: str, backend: str) -> None:
+    learner, episodes = learner_of(), episodes_for("mlp")
+    with mf.use_backend(backend):
+        step(learner, episodes, door)
+        learner.first_order = True
+        agrees(learner, episodes, step(learner, episodes, door), first_order=True)
+        learner.rule = mf.SGD(0.3)
+        agrees(learner, episodes, step(learner, episodes, door), first_order=True, lr=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
+def test_a_compiled_learner_is_compiled_once() -> None:
+    learner, episodes = learner_of(), episodes_for("mlp")
+    torch.compiler.reset()
+    compiled = torch.compile(learner, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses = [compiled(episodes).losses for _ in range(3)]
+    torch.compiler.reset()
+    assert torch.equal(losses[0], losses[2]) and torch.equal(losses[0], learner(episodes).losses)
