@@ -35,7 +35,7 @@ py::object attribute(const py::handle& of, const py::handle& name) {
 }
 
 // The four tensors, if their contents are those that were checked and of the signature.
-std::optional<std::array<Tensor, 4>> tensors_of(const py::handle& episodes, const py::tuple& signature) {
+std::optional<std::array<Tensor, 4>> tensors_of(const py::handle& episodes, const py::object& signature) {
   const py::object checked = attribute(episodes, names().versions);
   if (!PyTuple_CheckExact(checked.ptr()) || PyTuple_GET_SIZE(checked.ptr()) != 4) return std::nullopt;
   std::array<Tensor, 4> found;
