@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import metafast as mf
 from tests.backends import LEARNER_BACKENDS, learners_on
-from tests.nets import build, episodes_for, gradient, relative_error
+from tests.nets import both_doors, build, episodes_for, gradient, relative_error
 
 BAR = 1e-10
 on_backends = pytest.mark.parametrize("backend", LEARNER_BACKENDS)
@@ -91,6 +91,36 @@ def test_hooks_of_parameters_are_called_by_both_doors(kind: str, backend: str) -
         learner.accumulate_grad(episodes)
     assert weight.grad.count_nonzero() == 0
     assert len(seen) == 1
+
+
+@on_backends
+def test_every_engine_hears_of_another_rule_and_order(backend: str) -> None:
+    learner, episodes = mf.MAML(build("mlp"), lr=0.2, steps=2), episodes_for("mlp")
+    with mf.use_backend(backend):
+        both_doors(learner, episodes)
+        for lr, first_order in ((0.2, True), (0.3, True), (0.3, False)):
+            if learner.rule.lr != lr:
+                learner.rule = mf.SGD(lr)
+            learner.first_order = first_order
+            out, found = both_doors(learner, episodes)
+            wanted = mf.reference.maml(learner.model, episodes, lr=lr, steps=2, first_order=first_order)
+            wanted.loss.backward()
+            for name in ("loss", "losses", "logits"):
+                assert relative_error(getattr(out, name), getattr(wanted, name)) <= BAR, name
+            assert out.accuracy is not None and torch.equal(out.accuracy, wanted.accuracy)
+            assert relative_error(found, gradient(learner)) <= BAR
+
+
+@on_backends
+@pytest.mark.parametrize("door", ["forward", "accumulate_grad"])
+def test_no_task_is_an_error(backend: str, door: str) -> None:
+    learner, episodes = mf.MAML(build("mlp"), lr=0.2, steps=2), episodes_for("mlp")
+    with mf.use_backend(backend):
+        getattr(learner, door)(episodes)
+        for t in episodes._tensors():
+            t.data = t.data[:0]  # no counter tells
+        with pytest.raises((ValueError, RuntimeError)):
+            getattr(learner, door)(episodes)
 
 
 @on_backends

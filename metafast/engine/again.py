@@ -5,7 +5,6 @@ A meta-step of a small network takes a tenth of a millisecond, and checks in Pyt
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 # The outcome of a learner's episodes, into ``.grad`` too where that is True; None, before any work, where anything has
 # changed or wants another look.
-Again = Callable[[nn.Module, Episodes, bool], Outcome | None]
+Again = partial[Outcome | None]  # of a learner, episodes and whether into ``.grad``
 
 _MODE = frozenset({"training"})  # of a learner and its rule, in which both do the same
 _SETTINGS = ("steps", "first_order", "learn_init", "_support_batch", "_query_weights", "_truncate")
@@ -70,6 +69,13 @@ def again(
         Episodes,
         Outcome,
     )
+
+
+def is_good(found: Again, learner: nn.Module, network: NativeNetwork) -> bool:
+    """Whether a short way is this learner's, by this network, and nothing that it watches has changed."""
+    owner, engine, _, watched = found.args[:4]
+    extension = _native.native()
+    return owner is learner and engine is network.engine and extension is not None and extension.unchanged(watched)
 
 
 def _adds_nothing(kind: type, base: type) -> bool:

@@ -165,6 +165,7 @@ class Networks:
         self._refused: OrderedDict[tuple[torch.Size, torch.dtype], tuple[str, tuple[bool, ...]]] = OrderedDict()
         self._warned = False
         self.again: Again | None = None  # the latest plain meta-step's, for the next one
+        self.agains: OrderedDict[Hashable, Again] = OrderedDict()  # by the signatures of episodes, which may alternate
         self._fitting: OrderedDict[Hashable, NativeNetwork] = OrderedDict()
 
     def known(self, signature: Hashable) -> NativeNetwork | None:
@@ -255,4 +256,5 @@ class Networks:
             "_refused": OrderedDict(),
             "_fitting": OrderedDict(),
             "again": None,
+            "agains": OrderedDict(),
         }

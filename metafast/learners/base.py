@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.engine.again import again
+from metafast.engine.again import again, is_good
 from metafast.engine.batches import check_batch
 from metafast.engine.networks import Inner, NativeNetwork
+from metafast.engine.recent import remember
 from metafast.engine.select import Engine, EngineChoice
 from metafast.engine.task_model import TaskModel
 from metafast.engine.untraced import untraced
@@ -20,6 +21,8 @@ from metafast.learners.hand import TaskLearner
 from metafast.learners.learner import Learner
 from metafast.losses import LossSpec, resolve_loss
 from metafast.rules import UpdateRule
+
+_MOST_SIZES = 4  # of episodes that alternate, training's and evaluation's for instance
 
 
 class GradientLearner(Learner):
@@ -161,7 +164,7 @@ class GradientLearner(Learner):
         network = self._check(episodes, weights)
         inner = None if network is None else self._fused(episodes, weights)
         if network is not None and inner is not None:
-            self._remember(network, inner, episodes)
+            self._remember(network, inner, episodes, weights)
             return Outcome(*network.meta_step(episodes, inner, weights))
         losses, logits = self._query(episodes)
         return outcome(losses, logits, episodes.query_y, weights)
@@ -171,12 +174,20 @@ class GradientLearner(Learner):
         inner = None if network is None else self._fused(episodes, weights)
         if network is None or inner is None or self._learned(inner) or network.hooked():
             return None
-        self._remember(network, inner, episodes)
+        self._remember(network, inner, episodes, weights)
         return Outcome(*network.meta_step(episodes, inner, weights, accumulate=True))
 
-    def _remember(self, network: NativeNetwork, inner: Inner, episodes: Episodes) -> None:
-        """For the next call like this one."""
-        self._task.native.again = again(self, GradientLearner, network, inner, episodes)
+    def _remember(self, network: NativeNetwork, inner: Inner, episodes: Episodes, weights: Tensor | None) -> None:
+        """For the next call like this one, if such calls have a short way."""
+        if weights is not None or torch.is_inference_mode_enabled():
+            return
+        networks, signature = self._task.native, episodes.signature
+        found = networks.agains.get(signature)
+        if found is None or not is_good(found, self, network):
+            found = again(self, GradientLearner, network, inner, episodes)
+            if found is not None:
+                remember(networks.agains, signature, found, _MOST_SIZES)
+        networks.again = found
 
     def _theta(self) -> Tensor:
         theta = self._task.theta()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import metafast as mf
+from metafast.engine.again import again
 from metafast.learners.base import GradientLearner
 from tests.backends import kernels_of
 from tests.nets import build, episodes_for, gradient, relative_error
@@ -69,9 +70,9 @@ def test_a_call_like_the_one_before_is_not_checked_again(door: str, long_ways: l
     first = step(learner, episodes, door)
     assert len(long_ways) == 1
     kept = gradient(learner)
-    again = step(learner, episodes, door)
+    second = step(learner, episodes, door)
     assert len(long_ways) == 1
-    assert torch.equal(gradient(learner), kept) and torch.equal(first.logits, again.logits)
+    assert torch.equal(gradient(learner), kept) and torch.equal(first.logits, second.logits)
     other = episodes_for("mlp", seed=7)
     agrees(learner, other, step(learner, other, door))
     assert len(long_ways) == 1
@@ -153,6 +154,31 @@ def test_other_episodes_are_checked(door: str, long_ways: list[object]) -> None:
 
 
 @on_doors
+def test_sizes_that_alternate_are_looked_at_once_each(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, episodes, made = learner_of(), episodes_for("mlp"), []
+    fewer = mf.Episodes(episodes.support_x[:, :3], episodes.support_y[:, :3], episodes.query_x, episodes.query_y)
+
+    def counted(*arguments: object) -> object:
+        made.append(arguments)
+        return again(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("metafast.learners.base.again", counted)
+    for _ in range(3):
+        for e in (episodes, fewer):
+            agrees(learner, e, step(learner, e, door))
+    weights = torch.ones(episodes.tasks, dtype=torch.float64)
+    step(learner, episodes, door, weights)
+    with torch.inference_mode():
+        learner(episodes)
+    assert len(made) == 2
+    learner.steps = 3
+    for _ in range(2):
+        for e in (episodes, fewer):
+            agrees(learner, e, step(learner, e, door), steps=3)
+    assert len(made) == 4
+
+
+@on_doors
 def test_weights_are_for_the_long_way(door: str, long_ways: list[object]) -> None:
     learner, episodes = learner_of(), episodes_for("mlp")
     step(learner, episodes, door)
@@ -196,10 +222,10 @@ def test_modes_that_make_no_gradients() -> None:
         assert learner(episodes).loss.is_inference()
         with pytest.raises(RuntimeError, match="inference_mode makes no gradients"):
             learner.accumulate_grad(episodes)
-    again = learner._task.native.again
-    assert again is not None and again(learner, episodes, False) is not None
+    short = learner._task.native.again
+    assert short is not None and short(learner, episodes, False) is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert again(learner, episodes, False) is None
+        assert short(learner, episodes, False) is None
 
 
 class Warming(mf.MAML):
@@ -332,35 +358,11 @@ def test_a_learner_that_is_gone_is_freed() -> None:
 
 def test_an_outcome_is_as_the_long_ways(long_ways: list[object]) -> None:
     learner, episodes = learner_of(), episodes_for("mlp")
-    first, again = (step(learner, episodes, "accumulate_grad") for _ in range(2))
+    first, second = (step(learner, episodes, "accumulate_grad") for _ in range(2))
     assert len(long_ways) == 1
-    assert type(again) is type(first) and vars(again).keys() == vars(first).keys()
+    assert type(second) is type(first) and vars(second).keys() == vars(first).keys()
     with pytest.raises(AttributeError):
-        again.loss = first.loss  # type: ignore[misc]
-
-
-@on_doors
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_no_task_is_an_error(door: str, backend: str) -> None:
-    learner, episodes = learner_of(), episodes_for("mlp")
-    with mf.use_backend(backend):
-        step(learner, episodes, door)
-        for t in episodes._tensors():
-            t.data = t.data[:0]  # no counter tells
-        with pytest.raises((ValueError, RuntimeError)):
-            step(learner, episodes, door)
-
-
-@on_doors
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_every_engine_hears_of_other_settings(door: str, backend: str) -> None:
-    learner, episodes = learner_of(), episodes_for("mlp")
-    with mf.use_backend(backend):
-        step(learner, episodes, door)
-        learner.first_order = True
-        agrees(learner, episodes, step(learner, episodes, door), first_order=True)
-        learner.rule = mf.SGD(0.3)
-        agrees(learner, episodes, step(learner, episodes, door), first_order=True, lr=0.3)
+        second.loss = first.loss  # type: ignore[misc]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
