@@ -13,9 +13,8 @@ struct LstmWeights {
   int64_t hidden, layers;
   Real p, least, steep;  // range of the preprocessing, e^-p, e^p
   const Real* const*
-      weights;               // for each layer (4H, inputs), (4H, H), (4H,), inputs being 2, then H; (H,), ()
-  const int64_t* gate_rows;  // (4H,): k * kLstmBlock
-  const Real* start;         // (L, 2, H): h and c before the first step of an inner loop; null: zeros
+      weights;        // for each layer (4H, inputs), (4H, H), (4H,), inputs being 2, then H; (H,), ()
+  const Real* start;  // (L, 2, H): h and c before the first step of an inner loop; null: zeros
 
   // Numbers of all weights together, and with those of `start` after them.
   int64_t count() const {

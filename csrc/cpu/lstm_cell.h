@@ -20,7 +20,7 @@
 #include "../engine/carver.h"
 #include "../lstm.h"
 #include "layers/math.h"
-#include "layers/multiply.h"
+#include "layers/row_products.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -175,8 +175,8 @@ class LstmCell {
       }
       const int64_t used = from_zero ? n : n + h, wide = Carver<Real>::whole(used);
       transpose(inputs_of(frame, l), used, kBlock, kBlock, transposed_, wide);
-      outer<Real>(nullptr, Walk{1, 1, kBlock, 0, 0, 0, 1, 0, 0, 0, wide}, d_gates_, a_.gate_rows, 4 * h,
-                  transposed_, nullptr, nullptr, lanes_of<Real>(used), s.d_w, d_row(l), true);
+      product<true>(d_gates_, kBlock, 4 * h, transposed_, wide, kBlock, lanes_of<Real>(used), s.d_w,
+                    d_row(l));
       product(s.wt, 4 * h, n, d_gates_, 4 * h, d_z_);
       if (wants_carry) product(s.vt, 4 * h, h, d_gates_, 4 * h, d_h_of);
     }
@@ -224,11 +224,16 @@ class LstmCell {
     return load(out) * load(out + hidden_ * kBlock);
   }
 
-  // to (count, block) = a (count, k) z (k, block), rows of a lda apart.
-  static void product(const Real* a, int64_t lda, int64_t count, const Real* z, int64_t k, Real* to) {
-    const int64_t offset = 0;
-    multiply<Real>(nullptr, Walk{1, 1, count, 0, 0, 0, lda, 0, 0, 0, kBlock}, a,
-                   Taps<Real>{1, &offset, &z, k, kBlock}, kBlock, nullptr, to);
+  // to (count, columns) = a (count, k) z (k, columns), rows of them so far apart; or to += that.
+  template <bool kAdd>
+  static void product(const Real* a, int64_t a_row, int64_t count, const Real* z, int64_t z_row, int64_t k,
+                      int64_t columns, Real* to, int64_t to_row) {
+    run_row_product<Real>(nullptr, {{a, z, a_row, z_row, k}, {}, nullptr, kAdd, false, nullptr, to, to_row},
+                          count, columns);
+  }
+  // Of a block's rows z and to.
+  static void product(const Real* a, int64_t a_row, int64_t count, const Real* z, int64_t k, Real* to) {
+    product<false>(a, a_row, count, z, kBlock, k, kBlock, to, kBlock);
   }
 
   void preprocess(Real* frame) const {

@@ -32,7 +32,7 @@
 
 #include "../engine/carver.h"
 #include "layers/math.h"
-#include "layers/multiply.h"
+#include "layers/row_products.h"
 #include "prototypes.h"
 #include "prototypes_few.h"
 #include "prototypes_means.h"
@@ -61,7 +61,7 @@ class PrototypeTask {
     across_ = take(h_.ways * kBlock);
     weights_ = take(h_.ways * kBlock);
     rows_ = take(h_.query_mask == nullptr ? 0 : kBlock * row_);
-    class_self_ = take(at_once ? h_.ways : 0);
+    class_weights_ = take(at_once ? h_.ways : 0);
     tail_ = take(kBlock * kLanes<Real>);
     d_tail_ = take(kBlock * kLanes<Real>);
     present_ = take(kBlock);
@@ -132,6 +132,7 @@ class PrototypeTask {
     if (cosine) means_.hide_short();
     means_.begin_d(part);
     const Real factor = h_.d_sums[task_] * Real(h_.metric == Metric::sqeuclidean ? 2 : 1);
+    std::fill_n(class_weights_, h_.ways, Real(0));
     double total = 0;
     for_each_block(part, [&](int64_t first, int64_t n) {
       const int64_t lanes = whole_groups(n);
@@ -149,6 +150,7 @@ class PrototypeTask {
       if (h_.metric != Metric::sqeuclidean) weigh_by_logits(n);
       pull_block(first, n, products);
     });
+    if (products) means_.take_away(class_weights_);
     h_.sums[task_ * h_.parts + part] = total;
     if (h_.parts == 1) means_.spread();
   }
@@ -410,42 +412,72 @@ class PrototypeTask {
   // The block's d_query, and what it adds to the means' cotangents, of W; by `products`, or by
   // differences.
   void pull_block(int64_t first, int64_t n, bool products) {
-    const bool cosine = h_.metric == Metric::cosine;
     const int64_t features = h_.features, whole_columns = features / kLanes<Real> * kLanes<Real>;
-    const int64_t lanes = whole_groups(n);
-    const auto run = cosine || products ? pull<false, Real> : pull<true, Real>;
-    const auto run_means =
-        products || (cosine && !queries_are_long(n)) ? pull<false, Real> : pull<true, Real>;
     Real* const d_query = h_.d_query + (task_ * h_.queries + first) * features;
-    const Real* const class_self = products ? class_self_ : nullptr;
-    if (products) sum_weights(lanes);
-    Pull<Real> queries{q_,      q_row_,   cosine || products ? means_.unit : means_.rows,
-                       row_,    h_.ways,  weights_,
-                       1,       lanes,    cosine ? self_ : nullptr,
-                       d_query, features, false};
-    Pull<Real> means{means_.rows, row_, q_,         q_row_,        n,    weights_,
-                     lanes,       1,    class_self, means_.d_rows, row_, true};
-    if (whole_columns > 0) {
-      run(queries, n, whole_columns, whole_columns);
-      run_means(means, h_.ways, whole_columns, kPullVectors * kLanes<Real>);
-    }
+    if (products) sum_weights(n);
+    const auto run = [&](const Real* q, int64_t q_row, int64_t column, int64_t columns, Real* to,
+                         int64_t to_row) {
+      if (products) {
+        multiply_queries(n, column, columns, to, to_row);
+      } else {
+        pull_queries(q, q_row, n, column, columns, to, to_row);
+      }
+      if (products || (h_.metric == Metric::cosine && !queries_are_long(n))) {
+        multiply_means(q, q_row, n, column, columns);
+      } else {
+        pull_means(q, q_row, n, column, columns);
+      }
+    };
+    if (whole_columns > 0) run(q_, q_row_, 0, whole_columns, d_query, features);
     const int64_t rest = features - whole_columns;
     if (rest == 0) return;
     read_tail(n, whole_columns, rest);
-    queries.a = means.b = tail_, queries.a_row = means.b_row = kLanes<Real>;
-    queries.b += whole_columns, means.a += whole_columns, means.to += whole_columns;
-    queries.to = d_tail_, queries.to_row = kLanes<Real>;
-    run(queries, n, kLanes<Real>, kLanes<Real>);
-    run_means(means, h_.ways, kLanes<Real>, kLanes<Real>);
+    run(tail_, kLanes<Real>, whole_columns, kLanes<Real>, d_tail_, kLanes<Real>);
     for (int64_t q = 0; q < n; ++q)
       std::copy_n(d_tail_ + q * kLanes<Real>, rest, d_query + q * features + whole_columns);
   }
-  // class_self_ = -sum_q W.
-  void sum_weights(int64_t lanes) {
+  // `columns` of n rows `to` from W, the classes and the queries q; in differences, or cosines.
+  void pull_queries(const Real* q, int64_t q_row, int64_t n, int64_t column, int64_t columns, Real* to,
+                    int64_t to_row) const {
+    const bool cosine = h_.metric == Metric::cosine;
+    const Pull<Real> p{q,    q_row,           (cosine ? means_.unit : means_.rows) + column,
+                       row_, h_.ways,         weights_,
+                       1,    whole_groups(n), cosine ? self_ : nullptr,
+                       to,   to_row,          false};
+    cosine ? pull<false>(p, n, columns, columns) : pull<true>(p, n, columns, columns);
+  }
+  void pull_means(const Real* q, int64_t q_row, int64_t n, int64_t column, int64_t columns) const {
+    pull<true>(Pull<Real>{means_.rows + column, row_, q, q_row, n, weights_, whole_groups(n), 1, nullptr,
+                          means_.d_rows + column, row_, true},
+               h_.ways, columns, kPullVectors * kLanes<Real>);
+  }
+  // The same by matrix products: of the centred classes; and without (sum_q W) p_c, which is taken away at
+  // the end.
+  void multiply_queries(int64_t n, int64_t column, int64_t columns, Real* to, int64_t to_row) const {
+    run_outer_product<Real>(
+        nullptr,
+        {weights_, means_.unit + column, nullptr, nullptr, whole_groups(n), row_, h_.ways, to, to_row, false},
+        n, columns);
+  }
+  void multiply_means(const Real* q, int64_t q_row, int64_t n, int64_t column, int64_t columns) const {
+    run_row_product<Real>(nullptr,
+                          {{weights_, q, whole_groups(n), q_row, n},
+                           {},
+                           nullptr,
+                           true,
+                           false,
+                           nullptr,
+                           means_.d_rows + column,
+                           row_},
+                          h_.ways, columns);
+  }
+  // class_weights_ += sum_q W, of a block.
+  void sum_weights(int64_t n) {
+    const int64_t lanes = whole_groups(n);
     for (int64_t c = 0; c < h_.ways; ++c) {
       V sum{};
       for (int64_t j = 0; j < lanes; j += kLanes<Real>) sum += load(weights_ + c * lanes + j);
-      class_self_[c] = -sum_of_lanes<Real>(sum);
+      class_weights_[c] += sum_of_lanes<Real>(sum);
     }
   }
 
@@ -456,7 +488,7 @@ class PrototypeTask {
   const Real* q_ = nullptr;
   const bool* query_mask_ = nullptr;
   Real *transposed_, *scores_, *across_, *weights_, *rows_, *tail_, *d_tail_, *present_, *labels_, *losses_,
-      *query_inverse_, *self_, *class_self_;
+      *query_inverse_, *self_, *class_weights_;
 };
 
 template <class Real>

@@ -121,6 +121,13 @@ class ClassMeans {
     if (h_.parts > 1) d_rows = h_.d_means + (task_ * h_.parts + part) * size();
     std::fill_n(d_rows, size(), Real(0));
   }
+  // d_p_c -= weights[c] p_c.
+  void take_away(const Real* weights) {
+    for (int64_t c = 0; c < h_.ways; ++c) {
+      for (int64_t d = c * row; d < (c + 1) * row; d += kLanes<Real>)
+        store(d_rows + d, load(d_rows + d) - weights[c] * load(rows + d));
+    }
+  }
   // After all parts, where there are several: d_rows are their sums.
   void add_parts() {
     for (int64_t part = 0; part < h_.parts; ++part) {

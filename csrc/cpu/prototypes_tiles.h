@@ -3,8 +3,8 @@
 //   score   s[m, c] = sum_d (q[m, d] - p[d, c])^2                      lanes are classes
 //   pull    to[m, :] = sum_k w[m, k] (b[k, :] - a[m, :])               lanes are features
 //
-// and without differences, for cosines: s = sum_d q p, to = self[m] a[m, :] + sum_k w b. A difference costs
-// an addition beside each multiply-add, which many cores do at once with it, and saves the centring of
+// and without differences: s = sum_d q p, and for cosines to = self[m] a[m, :] + sum_k w b. A difference
+// costs an addition beside each multiply-add, which many cores do at once with it, and saves the centring of
 // queries and means, their squares, and all cancellation: a small distance is as exact as a large one.
 #pragma once
 
@@ -87,7 +87,7 @@ struct Pull {
   int64_t b_row, count;
   const Real* w;  // (m, k) lies at m * w_row + k * w_step
   int64_t w_row, w_step;
-  const Real* self;  // (M,), null: 0; without differences only
+  const Real* self;  // (M,), without differences
   Real* to;          // (M, columns)
   int64_t to_row;
   bool add;
@@ -101,9 +101,8 @@ inline void pull_columns(const Pull<Real>& p, int64_t column) {
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[m][v] = V{};
-      if (kDifference || p.self != nullptr) a[m][v] = load(p.a + m * p.a_row + column + v * kLanes<Real>);
-      if (!kDifference && p.self != nullptr) sum[m][v] = p.self[m] * a[m][v];
+      a[m][v] = load(p.a + m * p.a_row + column + v * kLanes<Real>);
+      sum[m][v] = kDifference ? V{} : p.self[m] * a[m][v];
     }
   }
   const Real *b = p.b + column, *w = p.w;
@@ -158,7 +157,7 @@ void pull(const Pull<Real>& all, int64_t rows, int64_t columns, int64_t panel) {
       const int high = tiles.of(tile);
       kPullTiles<Real, kDifference>[high - 1](p, wide);
       p.a += high * p.a_row, p.w += high * p.w_row, p.to += high * p.to_row;
-      if (p.self != nullptr) p.self += high;
+      if (!kDifference) p.self += high;
     }
   }
 }

@@ -44,14 +44,12 @@ class HeldLstmWeights {
     for (const at::Tensor& w : weights) tensors_.push_back(w.contiguous());
     for (const at::Tensor& w : tensors_) pointers_.push_back(w.template const_data_ptr<Real>());
     const bool starts = int64_t(tensors_.size()) > 3 * layers + 2;
-    for (int64_t g = 0; g < 4 * hidden; ++g) gate_rows_.push_back(g * kLstmBlock<Real>);
     weights_ = {hidden,
                 layers,
                 Real(p),
                 Real(std::exp(-p)),
                 Real(std::exp(p)),
                 pointers_.data(),
-                gate_rows_.data(),
                 starts ? pointers_.back() : nullptr};
   }
   HeldLstmWeights(const HeldLstmWeights&) = delete;
@@ -62,7 +60,6 @@ class HeldLstmWeights {
  private:
   std::vector<at::Tensor> tensors_;
   std::vector<const Real*> pointers_;
-  std::vector<int64_t> gate_rows_;
   LstmWeights<Real> weights_;
 };
 

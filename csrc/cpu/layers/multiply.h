@@ -73,6 +73,7 @@ constexpr MostRows kMostRowsOf{};
 struct Parts {
   int64_t count, size, larger;
 
+  constexpr Parts(int64_t n, int64_t each, int64_t with_more) : count(n), size(each), larger(with_more) {}
   Parts(int64_t whole, int64_t most) {
     if (whole <= most) {
       count = whole > 0 ? 1 : 0, size = whole, larger = 0;
@@ -176,10 +177,16 @@ struct Columns {
   Parts groups;
   bool half;
   explicit Columns(int64_t columns)
-      : groups((columns + kLanes<Real> - 1) / kLanes<Real>, kMostVectors),
-        half(columns % kLanes<Real> != 0) {}
+      : groups(cut((columns + kLanes<Real> - 1) / kLanes<Real>)), half(columns % kLanes<Real> != 0) {}
   int across(int64_t group) const { return groups.of(group); }
   bool ends_half(int64_t group) const { return half && group == groups.count - 1; }
+
+ private:
+  static Parts cut(int64_t vectors) {
+    if constexpr (kUsualVectors == kMostVectors) return Parts(vectors, kMostVectors);
+    static_assert(kUsualVectors == kMostVectors || (kUsualVectors == 2 && kMostVectors == 3));
+    return vectors <= 3 ? Parts{1, vectors, 0} : Parts{vectors >> 1, 2, vectors & 1};
+  }
 };
 
 // c at walk.to, `columns` lanes of each pixel; a at walk.from.
@@ -222,8 +229,8 @@ void for_outer_tiles(const Team* team, int64_t samples, int64_t bytes, int64_t r
   const Parts blocks(samples,
                      bytes * samples <= kBlockBytes ? samples : std::max<int64_t>(kBlockBytes / bytes, 1));
   const Columns<Real> cut(columns);
-  // Tiles high, for columns that are all but the last kMostVectors vectors wide.
-  const int64_t most_tiles = Parts(rows, kMostRowsOf.of[kMostVectors]).count;
+  // Tiles high, for columns that are all but the first or the last kUsualVectors vectors wide.
+  const int64_t most_tiles = Parts(rows, kMostRowsOf.of[kUsualVectors]).count;
   in_parts(team, most_tiles, work, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < blocks.count; ++b) {
       for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {

@@ -140,8 +140,10 @@ struct Sums {
   }
 };
 
-// How many vectors a tile has across: few enough that enough rows fit besides.
-constexpr int kMostVectors = kAccumulators >= 24 ? 4 : 2;
+// How many vectors a tile has across: few enough that enough rows fit besides. With few registers usually
+// two, and three where one would be left over.
+constexpr int kUsualVectors = kAccumulators >= 24 ? 4 : 2;
+constexpr int kMostVectors = kAccumulators >= 24 ? 4 : 3;
 constexpr int kMostRows = 12;
 constexpr int most_rows(int vectors) {
   return kAccumulators / vectors < kMostRows ? kAccumulators / vectors : kMostRows;
