@@ -80,6 +80,14 @@ Real accuracy_of(const Real* rows, int64_t samples, int64_t outputs, int64_t str
   return Real(right) / Real(samples);
 }
 
+// to = base + factor * a gradient, all (params,), as `buffer` is, which a layer may leave its gradient in.
+template <class Real>
+struct Update {
+  const Real* base;
+  Real factor;
+  Real *to, *buffer;
+};
+
 // A Program on one pass's buffers: one task's samples at one set of parameters.
 template <class Real>
 struct Network {
@@ -152,6 +160,7 @@ struct Network {
             .saved = kept_at(pass.saved[index]),
             .tsaved = at(pass.tsaved[index]),
             .scratch = at(pass.scratch),
+            .onto = {},
             .w_is_known = w == known,
             .team = team,
             .first_lane = 0,
@@ -192,6 +201,12 @@ struct Network {
     });
   }
 
+  void backward(const Update<Real>& update) const {
+    each_backward<false>(nullptr, update.buffer, nullptr, [&](int32_t, Call<Real>& c) {
+      run(&LayerFunctions<Real>::bwd, &Call<Real>::dw, update, c);
+    });
+  }
+
   // Layers on the way back, and what arrives at their inputs: run(layer's number, call with dx and dx1, or
   // with tdx and tdx1).
   template <bool kTangents, class Run>
@@ -219,12 +234,6 @@ struct Network {
     }
   }
 
-  void backward_tangent(const Real* tw, Real* tdw) const {
-    each_backward<true>(tw, nullptr, tdw, [&](int32_t, const Call<Real>& c) {
-      run(functions_of<Real>(c.layer->kind), &LayerFunctions<Real>::tbwd, c);
-    });
-  }
-
   // The loss of the outputs; their adjoint where `wants_adjoint`.
   Real loss(Targets<Real> y, bool wants_adjoint) const {
     return loss_gradient<Real>(program.loss, output(), pass.samples, value(last()), y,
@@ -233,10 +242,17 @@ struct Network {
 
   // product = H direction, after forward, loss and backward.
   void hessian_vector(const Real* direction, Real* product) const {
-    forward_tangent(direction);
-    loss_gradient_tangent<Real>(program.loss, output(), pass.samples, value(last()), tangent(last()),
-                                tadjoint(last()));
-    backward_tangent(direction, product);
+    output_tangents(direction);
+    each_backward<true>(direction, nullptr, product, [&](int32_t, const Call<Real>& c) {
+      run(functions_of<Real>(c.layer->kind), &LayerFunctions<Real>::tbwd, c);
+    });
+  }
+  // `to` may be where `direction` is.
+  void hessian_vector(const Real* direction, const Update<Real>& update) const {
+    output_tangents(direction);
+    each_backward<true>(direction, nullptr, update.buffer, [&](int32_t, Call<Real>& c) {
+      run(&LayerFunctions<Real>::tbwd, &Call<Real>::tdw, update, c);
+    });
   }
 
   void set_adjoint(const Real* cotangent) const {
@@ -261,6 +277,28 @@ struct Network {
   }
 
  private:
+  using Functions = LayerFunctions<Real>;
+  using Gradient = Real* Call<Real>::*;
+
+  void output_tangents(const Real* direction) const {
+    forward_tangent(direction);
+    loss_gradient_tangent<Real>(program.loss, output(), pass.samples, value(last()), tangent(last()),
+                                tadjoint(last()));
+  }
+  // bwd or tbwd, and what the weights' gradient is for: at once where the layer can, else while both are
+  // near.
+  void run(typename Functions::Function Functions::* which, Gradient gradient, const Update<Real>& update,
+           Call<Real>& c) const {
+    const Layer& l = *c.layer;
+    const Functions& functions = functions_of<Real>(l.kind);
+    const bool at_once = functions.onto && l.params > 0;
+    const Onto<Real> onto = Onto<Real>{update.base, update.factor}.from(l.param);
+    if (at_once) c.*gradient = update.to + l.param, c.onto = onto;
+    run(functions, which, c);
+    if (at_once) return;
+    for (int64_t i = 0; i < l.params; i += kLanes<Real>)
+      store(update.to + l.param + i, onto.at(i, load(c.*gradient + i)));
+  }
   Real* target(Destination destination, int32_t v, Real* sum) const {
     if (destination == Destination::none) return nullptr;
     return destination == Destination::overwrite ? sum : workspace + pass.extra[v];
@@ -272,59 +310,43 @@ struct Network {
   }
 };
 
-// A task's gradient, from + factor * more, a vector at a time; with more null it is `from`.
-template <class Real>
-struct TaskGradient {
-  const Real* from;
-  const Real* more = nullptr;
-  Vec<Real> factor{};
-
-  Vec<Real> at(int64_t i) const {
-    return more == nullptr ? load(from + i) : load(from + i) + factor * load(more + i);
-  }
-};
-
-template <class Real>
-void write_gradient(const TaskGradient<Real>& own, int64_t params, Real* row) {
-  for (int64_t i = 0; i < params; i += kLanes<Real>) store(row + i, own.at(i));
-}
-
 // In the task's turn.
 template <class Real>
-void add_gradient(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own) {
+void add_gradient(const Job<Real>& job, int64_t task, const Real* own) {
   const Real weight = job.weights[task];
   for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) {
     const Vec<Real> before = task == 0 ? Vec<Real>{} : load(job.gradient + i);
-    store(job.gradient + i, before + weight * own.at(i));
+    store(job.gradient + i, before + weight * load(own + i));
   }
 }
 
 // To the sum of the task's group, which stays in the thread's workspace up to the group's end.
 template <class Real>
-void add_to_group(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own, Real* sum) {
+void add_to_group(const Job<Real>& job, int64_t task, const Real* own, Real* sum) {
   const int64_t params = job.program->params;
   const bool first = task % job.group == 0, last = (task + 1) % job.group == 0 || task + 1 == job.tasks;
   Real* const to = last ? job.gradient + task / job.group * params : sum;
   const Real weight = job.weights[task];
   for (int64_t i = 0; i < params; i += kLanes<Real>)
-    store(to + i, (first ? Vec<Real>{} : load(sum + i)) + weight * own.at(i));
+    store(to + i, (first ? Vec<Real>{} : load(sum + i)) + weight * load(own + i));
 }
 
 // The gradient to where the job wants it. Nobody waits.
 template <class Real>
-void deliver(const Job<Real>& job, int64_t task, const TaskGradient<Real>& own, Real* sum) {
+void deliver(const Job<Real>& job, int64_t task, const Real* own, Real* sum) {
   const int64_t params = job.program->params;
   if (job.group > 0) return add_to_group(job, task, own, sum);
-  if (job.weights == nullptr) return write_gradient(own, params, job.gradient + task * params);
+  const auto write = [&](Real* rows) { std::copy_n(own, params, rows + task * params); };
+  if (job.weights == nullptr) return write(job.gradient);
   constexpr int32_t kThere = 1, kTaken = 2;
   const auto take = [&](int64_t t) {  // one thread alone gets what is there
     return __atomic_exchange_n(job.ready + t, kTaken, __ATOMIC_SEQ_CST) == kThere;
   };
-  const auto left = [&](int64_t t) { return TaskGradient<Real>{job.rows + t * params}; };
+  const auto left = [&](int64_t t) -> const Real* { return job.rows + t * params; };
   if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) == task) {
     add_gradient(job, task, own);
   } else {
-    write_gradient(own, params, job.rows + task * params);
+    write(job.rows);
     __atomic_store_n(job.ready + task, kThere, __ATOMIC_SEQ_CST);
     // The turn may have come meanwhile, and who gave it gone on before it saw this.
     if (__atomic_load_n(job.turn, __ATOMIC_SEQ_CST) != task || !take(task)) return;

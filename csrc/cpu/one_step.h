@@ -346,23 +346,25 @@ class OneStep {
     const Wide s = wide(i);
     const int64_t lanes = program_.values[program_.layers[i].out].pixel;
     run_outer_product<Real>(job_.team,
-                            {s.x, s.e, nullptr, nullptr, s.from, s.to, query_n_ * tasks_, to, lanes, adds},
+                            {s.x, s.e, nullptr, nullptr, s.from, s.to, query_n_ * tasks_, to, lanes,
+                             Onto<Real>{adds ? to : nullptr}},
                             s.inputs, s.lanes_out);
     if (!job_.first_order) {
       const bool inner = s.th != nullptr;
-      run_outer_product<Real>(
-          job_.team,
-          {s.h, s.td, s.th, inner ? s.d : nullptr, s.from, s.to, support_n_ * tasks_, to, lanes, true},
-          s.inputs, s.lanes_out);
+      run_outer_product<Real>(job_.team,
+                              {s.h, s.td, s.th, inner ? s.d : nullptr, s.from, s.to, support_n_ * tasks_, to,
+                               lanes, Onto<Real>{to}},
+                              s.inputs, s.lanes_out);
     }
     for (int64_t k = 0; !adds && s.lanes_out < lanes && k < s.inputs; ++k)
       std::fill_n(to + k * lanes + s.lanes_out, lanes - s.lanes_out, Real(0));
     if (s.bias == nullptr) return;
     Real* const bias = to + s.inputs * lanes;
-    if (!adds) std::fill_n(bias, lanes, Real(0));
-    if (!s.has_bias) return;
-    add_rows_to(s.e, query_n_ * tasks_, s.to, lanes, bias);
-    if (!job_.first_order) add_rows_to(s.td, support_n_ * tasks_, s.to, lanes, bias);
+    const auto add = [&](const Real* rows, int64_t count, bool onto) {
+      sum_rows(rows, s.has_bias ? count : 0, s.to, lanes, Onto<Real>{onto ? bias : nullptr}, bias);
+    };
+    add(s.e, query_n_ * tasks_, adds);
+    if (!job_.first_order) add(s.td, support_n_ * tasks_, true);
   }
 
   // to[n, :] = bias + factors.

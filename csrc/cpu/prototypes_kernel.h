@@ -456,8 +456,8 @@ class PrototypeTask {
   void multiply_queries(int64_t n, int64_t column, int64_t columns, Real* to, int64_t to_row) const {
     run_outer_product<Real>(
         nullptr,
-        {weights_, means_.unit + column, nullptr, nullptr, whole_groups(n), row_, h_.ways, to, to_row, false},
-        n, columns);
+        {weights_, means_.unit + column, nullptr, nullptr, whole_groups(n), row_, h_.ways, to, to_row, {}}, n,
+        columns);
   }
   void multiply_means(const Real* q, int64_t q_row, int64_t n, int64_t column, int64_t columns) const {
     run_row_product<Real>(nullptr,

@@ -1,5 +1,6 @@
 // The update rules of an inner loop: how phi steps along g, and back. A rule is begun for each task, then
-// called for k = 0..K-1 forwards and, where a gradient is wanted, for k = K-1..0 backwards.
+// called for k = 0..K-1 forwards, after the network's forward and loss, and, where a gradient is wanted, for
+// k = K-1..0 backwards.
 //
 //   PlainRule     phi' = phi - rate_k g, elementwise;  lam_g = -rate_k lam,  d rate_k = -lam g
 //   LearnedRule   phi' = phi - rate O(g, s; psi), O the coordinatewise LSTM of lstm_cell.h, where phi moves
@@ -10,6 +11,7 @@
 
 #include "job.h"
 #include "lstm_cell.h"
+#include "network.h"
 
 namespace metafast::cpu {
 namespace METAFAST_ISA {
@@ -54,15 +56,17 @@ class PlainRule {
   // Whether pull looks at g.
   bool wants_g() const { return gradient_ != nullptr; }
 
-  void step(int64_t k, const Real* from, const Real* g, Real* to) {
-    if (job_.rates == nullptr) {
-      const Vec<Real> rate = splat(job_.rate);
-      for (int64_t i = 0; i < params_; i += kLanes<Real>) store(to + i, load(from + i) - rate * load(g + i));
-      return;
+  // From the network's parameters `to` the next; `g` is a buffer, which has the gradient then if pull looks
+  // at it.
+  void step(int64_t k, const Network<Real>& network, Real* g, Real* to) {
+    const Real* const from = network.w;
+    if (job_.rates == nullptr && !wants_g()) return network.backward({from, -job_.rate, to, g});
+    network.backward(g);
+    const Real* const rates = job_.rates == nullptr ? nullptr : job_.rates + k * job_.rates_stride;
+    for (int64_t i = 0; i < params_; i += kLanes<Real>) {
+      const Vec<Real> rate = rates == nullptr ? splat(job_.rate) : load(rates + i);
+      store(to + i, load(from + i) - rate * load(g + i));
     }
-    const Real* const rates = job_.rates + k * job_.rates_stride;
-    for (int64_t i = 0; i < params_; i += kLanes<Real>)
-      store(to + i, load(from + i) - load(rates + i) * load(g + i));
   }
 
   // Adds to the rule's own gradient; `direction` is a buffer.
@@ -132,7 +136,9 @@ class LearnedRule {
   int64_t size() const { return carver_.size(); }
   bool wants_g() const { return false; }  // it lies in the frames
 
-  void step(int64_t k, const Real* from, const Real* g, Real* to) {
+  void step(int64_t k, const Network<Real>& network, Real* g, Real* to) {
+    const Real* const from = network.w;
+    network.backward(g);
     to_coordinates(g);
     for (int64_t b = 0; b < blocks_; ++b) {
       std::copy_n(user_ + b * kBlock, kBlock, cell_.grads(frame(k, b)));

@@ -60,6 +60,10 @@ struct OneTask {
     const Vec<Real> by = splat(factor);
     for (int64_t i = 0; i < job.program->params; i += kLanes<Real>) store(to + i, by * load(to + i));
   }
+  // to += factor * H along; `buffer` is one.
+  void add_hessian_vector(ConstVector along, Real factor, Vector buffer, Vector to) const {
+    support.hessian_vector(along, {to, factor, to, buffer});
+  }
   // to += factor * from.
   void add_scaled(Real factor, ConstVector from, Vector to) const {
     const Vec<Real> by = splat(factor);
@@ -73,10 +77,8 @@ struct OneTask {
   void to_user(ConstVector w) const {
     METAFAST_ISA::to_user(*job.program, w, job.gradient + task * job.program->adapting);
   }
-  // The task's gradient, from + factor * more.
-  void deliver(ConstVector from) const { deliver(TaskGradient<Real>{from}); }
-  void deliver(ConstVector from, ConstVector more, Real factor) const {
-    deliver(TaskGradient<Real>{from, more, splat(factor)});
+  void deliver(ConstVector gradient) const {
+    METAFAST_ISA::deliver(job, task, gradient, at(job.layout->sum));
   }
 
   const Job<Real>& job;
@@ -87,9 +89,6 @@ struct OneTask {
   Real loss = 0;
 
  private:
-  void deliver(const TaskGradient<Real>& own) const {
-    METAFAST_ISA::deliver(job, task, own, at(job.layout->sum));
-  }
   const Value& out() const { return job.program->values[job.program->value_count - 1]; }
   int64_t first_query() const { return task * job.layout->query.samples; }
   void see(const Data<Real>& data, int64_t first, Network<Real>& network, Targets<Real>& y) const {

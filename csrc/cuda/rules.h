@@ -31,7 +31,9 @@ class PlainRule {
 
   bool wants_g() const { return job_.rate_gradient != nullptr; }
 
-  void step(int64_t k, In from, In g, Out to) {
+  void step(int64_t k, const Network<Real>& network, Out g, Out to) {
+    const In from = network.w;
+    network.backward(g);
     if (job_.rates == nullptr) return all("step", AddScaled<Real>{from, g, -job_.rate, to});
     all("step", Rated<Real>{job_.rates + k * job_.rates_stride, Real(-1), from, g, to});
   }
@@ -94,7 +96,9 @@ class LearnedRule {
 
   bool wants_g() const { return false; }  // it is kept
 
-  void step(int64_t k, In from, In g, Out to) {
+  void step(int64_t k, const Network<Real>& network, Out g, Out to) {
+    const In from = network.w;
+    network.backward(g);
     if (k == 0) {
       const Spread<Real> start{lstm_.coordinates, weights_.hidden, weights_.start, state(0)};
       for_all("lstm_start", job_.tasks, state_, stream_, start);

@@ -46,6 +46,11 @@ struct AllTasks {
 
   void zero(Vector to) const { all("zero", Fill<Real>{Real(0), to}); }
   void scale(Real factor, Vector to) const { all("scale", Scale<Real>{factor, to}); }
+  // to += factor * H along; `buffer` is one.
+  void add_hessian_vector(ConstVector along, Real factor, Vector buffer, Vector to) const {
+    support.hessian_vector(along, buffer);
+    add_scaled(factor, buffer, to);
+  }
   // to += factor * from.
   void add_scaled(Real factor, ConstVector from, Vector to) const {
     all("add_scaled", AddScaled<Real>{to, from, factor, to});
@@ -61,9 +66,8 @@ struct AllTasks {
     for_all("to_user", job.tasks, p.adapting, stream, Fill<Real>{Real(0), user});
     all("to_user", Scatter<Real>{p.source, p.adapting, Real(1), w, user});
   }
-  // The tasks' gradients, from + factor * more.
-  void deliver(ConstVector from, ConstVector more = {}, Real factor = 0) const {
-    all("deliver", AddScaled<Real>{from, more, factor, Vector{job.gradient, job.program->params}});
+  void deliver(ConstVector gradient) const {
+    all("deliver", AddScaled<Real>{gradient, {}, Real(0), Vector{job.gradient, job.program->params}});
   }
 
   const Job<Real>& job;

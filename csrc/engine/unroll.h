@@ -48,8 +48,7 @@ void meta_step(Tasks& tasks, Rule& rule) {
     go_to(k);
     support.forward();
     support.loss(tasks.support_y, true);
-    support.backward(product);
-    rule.step(k, support.w, product, tasks.at(layout.tape + k * params));
+    rule.step(k, support, product, tasks.at(layout.tape + k * params));
     if (v == nullptr || k + 1 == steps || v[k] == 0) continue;
     query.w = phi(k + 1);
     query.forward();
@@ -89,12 +88,7 @@ void meta_step(Tasks& tasks, Rule& rule) {
       tasks.zero(lam);
       rule.cut();
     } else if (!job.first_order) {
-      support.hessian_vector(pull.along, product);
-      if (k == 0) {  // together, as these may be long
-        rule.end();
-        return tasks.deliver(lam, product, pull.factor);
-      }
-      tasks.add_scaled(pull.factor, product, lam);
+      tasks.add_hessian_vector(pull.along, pull.factor, product, lam);
     }
     if (v != nullptr && k > 0 && v[k - 1] != 0) tasks.add_scaled(v[k - 1], query_gradient(k - 1), lam);
   }

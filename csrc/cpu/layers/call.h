@@ -18,6 +18,7 @@
 #pragma once
 
 #include "../../engine/program.h"
+#include "simd.h"
 #include "split.h"
 
 namespace metafast::cpu {
@@ -38,7 +39,8 @@ struct Call {
   Real *dx, *dx1, *tdx, *tdx1;
   Real *saved, *tsaved;
   Real* scratch;
-  bool w_is_known;                // bwd: at this w, and with this `saved`, it has run before
+  Onto<Real> onto;  // of dw, or tdw, where LayerFunctions::onto says that a layer looks at it; base may be tw
+  bool w_is_known;  // bwd: at this w, and with this `saved`, it has run before
   const Team* team;               // the threads that share the call, null: one
   int64_t first_lane, last_lane;  // of the channels' vectors, what a call of a layer split by lanes is about
 
@@ -70,8 +72,9 @@ struct LayerFunctions {
   using Function = void (*)(const Call<Real>&);
   Function fwd, bwd, tfwd, tbwd;
   Split split;
-  constexpr LayerFunctions(Split s, Function f, Function b, Function tf, Function tb)
-      : fwd(f), bwd(b), tfwd(tf), tbwd(tb), split(s) {}
+  bool onto;  // bwd and tbwd look at Call::onto; tbwd changes tw's place when it is done with it
+  constexpr LayerFunctions(Split s, Function f, Function b, Function tf, Function tb, bool o = false)
+      : fwd(f), bwd(b), tfwd(tf), tbwd(tb), split(s), onto(o) {}
 };
 
 }  // namespace METAFAST_ISA

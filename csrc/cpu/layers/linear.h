@@ -58,12 +58,11 @@ struct LinearCall {
     const bool both = x1 != nullptr;
     run_outer_product<Real>(c.team,
                             {x + x_at, dy + y_at, both ? x1 + x_at : nullptr, both ? dy1 + y_at : nullptr,
-                             from, to, c.samples, dw, lanes, false},
+                             from, to, c.samples, dw, lanes, c.onto},
                             inputs, lanes_of<Real>(c.out->c));
     if (!c.layer->bias) return;
-    Real* const db = dw + inputs * lanes;
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(db + lane, Vec<Real>{});
-    if (!c.layer->bias_cancels) add_rows_to(dy + y_at, c.samples, to, lanes, db);
+    const int64_t bias_at = inputs * lanes, rows = c.layer->bias_cancels ? 0 : c.samples;
+    sum_rows(dy + y_at, rows, to, lanes, c.onto.from(bias_at), dw + bias_at);
   }
   // dx = dy wt (+ dy1 wt1)
   void input_gradient(const Factors<Real>& first, const Factors<Real>& second, Real* dx) const {
@@ -99,15 +98,16 @@ void linear_tfwd(const Call<Real>& c) {
 template <class Real>
 void linear_tbwd(const Call<Real>& c) {
   const LinearCall<Real> l(c);
+  if (c.tdx != nullptr) {
+    l.transposed(c.tw, c.tsaved);
+    l.input_gradient(l.back(c.tdy, c.saved), l.back(c.dy, c.tsaved), c.tdx);
+  }
   l.weight_gradient(c.x, c.tdy, c.tx, c.dy, c.tdw);
-  if (c.tdx == nullptr) return;
-  l.transposed(c.tw, c.tsaved);
-  l.input_gradient(l.back(c.tdy, c.saved), l.back(c.dy, c.tsaved), c.tdx);
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kLinear{Split::inside, linear_fwd<Real>, linear_bwd<Real>, linear_tfwd<Real>,
-                                       linear_tbwd<Real>};
+constexpr LayerFunctions<Real> kLinear{Split::inside,     linear_fwd<Real>,  linear_bwd<Real>,
+                                       linear_tfwd<Real>, linear_tbwd<Real>, true};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

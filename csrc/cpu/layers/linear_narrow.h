@@ -116,7 +116,10 @@ void narrow_weight_gradient(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<
       add(x.first, dy.first);
       if (x.second != nullptr) add(x.second, dy.second);
       for (int o = 0; o < kOutputs; ++o) {
-        for (int v = 0; v < kVectors; ++v) store(dw + o * row + i + v * kLanes<Real>, sum[o][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = o * row + i + v * kLanes<Real>;
+          store(dw + at, c.onto.at(at, sum[o][v]));
+        }
       }
     });
     for (int o = 0; o < kOutputs; ++o) {
@@ -124,9 +127,8 @@ void narrow_weight_gradient(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<
     }
   });
   if (!c.layer->bias) return;
-  Real* const db = dw + c.out->c * row;
-  for (int64_t lane = 0; lane < lanes; lane += kLanes<Real>) store(db + lane, Vec<Real>{});
-  add_rows_to(dy.first + c.out->origin, samples, to, lanes, db);
+  const int64_t bias_at = c.out->c * row;
+  sum_rows(dy.first + c.out->origin, samples, to, lanes, c.onto.from(bias_at), dw + bias_at);
 }
 
 // dx[n, :] = sum_o dy[n, o] w[o, :] (+ dy1 w1).
@@ -179,13 +181,17 @@ void linear_narrow_tfwd(const Call<Real>& c) {
 
 template <class Real>
 void linear_narrow_tbwd(const Call<Real>& c) {
-  narrow_weight_gradient<Real>(c, {c.x, c.tx}, {c.tdy, c.dy}, c.tdw);
   if (c.tdx != nullptr) narrow_input_gradient<Real, true>(c, {c.tdy, c.dy}, {c.w, c.tw}, c.tdx);
+  narrow_weight_gradient<Real>(c, {c.x, c.tx}, {c.tdy, c.dy}, c.tdw);
 }
 
 template <class Real>
-constexpr LayerFunctions<Real> kLinearNarrow{Split::none, linear_narrow_fwd<Real>, linear_narrow_bwd<Real>,
-                                             linear_narrow_tfwd<Real>, linear_narrow_tbwd<Real>};
+constexpr LayerFunctions<Real> kLinearNarrow{Split::none,
+                                             linear_narrow_fwd<Real>,
+                                             linear_narrow_bwd<Real>,
+                                             linear_narrow_tfwd<Real>,
+                                             linear_narrow_tbwd<Real>,
+                                             true};
 
 }  // namespace METAFAST_ISA
 }  // namespace metafast::cpu

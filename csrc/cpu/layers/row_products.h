@@ -75,15 +75,15 @@ struct RowProductTiles {
   }
 };
 
-// d[m, :] = sum_n x[n, m] g[n, :], and with a second pair + x1[n, m] g1[n, :]. Rows lie x_row (x, x1), g_row
-// (g, g1) and d_row apart.
+// d[m, :] = sum_n x[n, m] g[n, :], and with a second pair + x1[n, m] g1[n, :], or onto what lies like d. Rows
+// lie x_row (x, x1), g_row (g, g1) and d_row apart.
 template <class Real>
 struct OuterProduct {
   const Real *x, *g, *x1, *g1;
   int64_t x_row, g_row, samples;
   Real* d;
   int64_t d_row;
-  bool add;  // to what is there
+  Onto<Real> onto;
 };
 
 template <class Real>
@@ -91,16 +91,11 @@ struct OuterProductTiles {
   template <int kRows, int kVectors, bool kHalf>
   static void run(const OuterProduct<Real>& p, int64_t first, int64_t tiles, int64_t column) {
     const int64_t x_row = p.x_row, g_row = p.g_row, d_row = p.d_row, samples = p.samples;
-    Real* d = p.d + first * d_row + column;
-    for (; tiles > 0; --tiles, first += kRows, d += kRows * d_row) {
+    int64_t at = first * d_row + column;
+    for (; tiles > 0; --tiles, first += kRows, at += kRows * d_row) {
       Sums<Real, kRows, kVectors, kHalf> sums;
       Shared<Real, kVectors, kHalf> shared;
-      const auto row = [&](int m) { return d + m * d_row; };
-      if (p.add) {
-        sums.load_from(row);
-      } else {
-        sums.clear();
-      }
+      sums.clear();
       const auto add = [&](const Real* x, const Real* g) {
         x += first;
         g += column;
@@ -111,7 +106,9 @@ struct OuterProductTiles {
       };
       add(p.x, p.g);
       if (p.x1 != nullptr) add(p.x1, p.g1);
-      sums.store_to(row);
+      if (p.onto.base != nullptr)
+        sums.scale_onto(p.onto.factor, [&](int m) { return p.onto.base + at + m * d_row; });
+      sums.store_to([&](int m) { return p.d + at + m * d_row; });
     }
   }
 };
@@ -164,7 +161,7 @@ void run_outer_product(const Team* team, const OuterProduct<Real>& whole, int64_
                           skip(p.x, p.x_row), skip(p.g, p.g_row);
                           if (p.x1 != nullptr) skip(p.x1, p.x_row), skip(p.g1, p.g_row);
                           p.samples = samples;
-                          p.add = whole.add || first_sample > 0;
+                          if (first_sample > 0) p.onto.base = p.d;
                           for_tiles(tiles, first, last, [&](int64_t high, int64_t row, int64_t count) {
                             kOuterProductTiles<Real>.of[half][across - 1][high - 1](p, row, count, column);
                           });

@@ -162,26 +162,38 @@ inline Real sum_of_lanes(Vec<Real> v) {
   }
 }
 
-// sums[:] += a row of `lanes` for each of so many rows, `stride` apart: several vectors at a time, as each is
-// a chain of additions.
+// Where sums go: base + factor * sum, or with base null the sum itself. `base` may be where they go.
 template <class Real>
-inline void add_rows_to(const Real* rows, int64_t count, int64_t stride, int64_t lanes, Real* sums) {
+struct Onto {
+  const Real* base = nullptr;
+  Real factor = 1;
+
+  Onto from(int64_t offset) const { return {base == nullptr ? nullptr : base + offset, factor}; }
+  Vec<Real> at(int64_t i, Vec<Real> sum) const {
+    return base == nullptr ? sum : load(base + i) + factor * sum;
+  }
+};
+
+// to[:] = the sum of so many rows of `lanes`, `stride` apart: several vectors at a time, as each is a chain
+// of additions.
+template <class Real>
+inline void sum_rows(const Real* rows, int64_t count, int64_t stride, int64_t lanes, const Onto<Real>& onto,
+                     Real* to) {
   constexpr int kAtOnce = 4, kL = kLanes<Real>;
   int64_t lane = 0;
   for (; lane + kAtOnce * kL <= lanes; lane += kAtOnce * kL) {
-    Vec<Real> sum[kAtOnce];
-    for (int v = 0; v < kAtOnce; ++v) sum[v] = load(sums + lane + v * kL);
+    Vec<Real> sum[kAtOnce] = {};
     const Real* row = rows + lane;
     for (int64_t n = count; n > 0; --n, row += stride) {
       for (int v = 0; v < kAtOnce; ++v) sum[v] += load(row + v * kL);
     }
-    for (int v = 0; v < kAtOnce; ++v) store(sums + lane + v * kL, sum[v]);
+    for (int v = 0; v < kAtOnce; ++v) store(to + lane + v * kL, onto.at(lane + v * kL, sum[v]));
   }
   for (; lane < lanes; lane += kL) {
-    Vec<Real> sum = load(sums + lane);
+    Vec<Real> sum{};
     const Real* row = rows + lane;
     for (int64_t n = count; n > 0; --n, row += stride) sum += load(row);
-    store(sums + lane, sum);
+    store(to + lane, onto.at(lane, sum));
   }
 }
 

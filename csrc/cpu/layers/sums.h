@@ -88,6 +88,20 @@ struct Sums {
       if constexpr (kHalf) pair[p] += halves_at(at, p);
     }
   }
+  // What lies at(m) + factor * row m.
+  template <class At>
+  inline void scale_onto(Real factor, const At& at) {
+    const V by = splat(factor);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kWhole; ++v) whole[m][v] = load(at(m) + v * kLanes<Real>) + by * whole[m][v];
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) {
+      if constexpr (kHalf) pair[p] = halves_at(at, p) + by * pair[p];
+    }
+  }
   // Zero where what lies at(m) is <= 0: where that is NaN, things stay as they are.
   template <class At>
   inline void close(const At& at) {
