@@ -52,12 +52,21 @@ inline int64_t narrow_features(const Call<Real>& c) {
 // registers.
 constexpr int narrow_at_once(int outputs) { return outputs == 1 ? 4 : outputs == 2 ? 2 : 1; }
 
-// run(first, a constant): 0..count in parts of so many, and one by one.
+// run(first, a constant): 0..count in parts of so many, then of half as many.
 template <int kAtOnce, class Run>
-inline void in_blocks(int64_t count, const Run& run) {
-  int64_t first = 0;
+inline void in_blocks(int64_t count, const Run& run, int64_t first = 0) {
   for (; first + kAtOnce <= count; first += kAtOnce) run(first, std::integral_constant<int, kAtOnce>{});
-  for (; first < count; ++first) run(first, std::integral_constant<int, 1>{});
+  if constexpr (kAtOnce > 1) in_blocks<kAtOnce / 2>(count, run, first);
+}
+
+// One by one, in registers: the compiler would clear the array in memory.
+template <class V, int kRows, int kColumns>
+inline void clear(V (&all)[kRows][kColumns]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) all[i][j] = V{};
+  }
 }
 
 // y[n, :] = b + w x[n] (+ w1 x1[n]); zeros in y's other lanes.
@@ -70,7 +79,8 @@ void narrow_outputs(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<Real> w,
     constexpr int kOutputs = decltype(outputs)::value;
     in_blocks<narrow_at_once(kOutputs)>(c.samples, [&](int64_t first, auto at_once) {
       constexpr int kSamples = decltype(at_once)::value;
-      Vec<Real> sum[kSamples][kOutputs] = {};
+      Vec<Real> sum[kSamples][kOutputs];
+      clear(sum);
       const auto add = [&](const Real* x, const Real* w) {
         x += c.in->origin + first * from;
         for (int64_t i = 0; i < features; i += kLanes<Real>) {
@@ -103,7 +113,8 @@ void narrow_weight_gradient(const Call<Real>& c, NarrowPair<Real> x, NarrowPair<
     in_blocks<narrow_at_once(kOutputs)>(narrow_features(c) / kLanes<Real>, [&](int64_t first, auto at_once) {
       constexpr int kVectors = decltype(at_once)::value;
       const int64_t i = first * kLanes<Real>;
-      Vec<Real> sum[kOutputs][kVectors] = {};
+      Vec<Real> sum[kOutputs][kVectors];
+      clear(sum);
       const auto add = [&](const Real* x, const Real* dy) {
         x += c.in->origin + i, dy += c.out->origin;
         for (int64_t n = 0; n < samples; ++n, x += from, dy += to) {

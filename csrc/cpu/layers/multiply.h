@@ -79,6 +79,10 @@ struct Parts {
       count = whole > 0 ? 1 : 0, size = whole, larger = 0;
     } else if (whole <= 2 * most) {
       count = 2, size = whole >> 1, larger = whole & 1;
+    } else if (whole <= 3 * most) {
+      count = 3, size = whole / 3, larger = whole % 3;
+    } else if (whole <= 4 * most) {
+      count = 4, size = whole >> 2, larger = whole & 3;
     } else {
       count = (whole + most - 1) / most, size = whole / count, larger = whole % count;
     }

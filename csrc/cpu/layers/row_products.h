@@ -133,7 +133,9 @@ constexpr TilesOf<Real, void (*)(const OuterProduct<Real>&, int64_t, int64_t, in
 template <class Real>
 void run_row_product(const Team* team, const RowProduct<Real>& p, int64_t rows, int64_t columns) {
   const Columns<Real> cut(columns);
-  const double work = 2.0 * double(rows) * double(p.first.depth) * double(columns) / double(cut.groups.count);
+  const double work = team == nullptr ? 0
+                                      : 2.0 * double(rows) * double(p.first.depth) * double(columns) /
+                                            double(cut.groups.count);
   for (int64_t group = 0, column = 0; group < cut.groups.count; ++group) {
     const int across = cut.across(group);
     const auto& tiles_of = kRowProductTiles<Real>.of[cut.ends_half(group)][across - 1];

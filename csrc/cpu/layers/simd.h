@@ -174,26 +174,25 @@ struct Onto {
   }
 };
 
-// to[:] = the sum of so many rows of `lanes`, `stride` apart: several vectors at a time, as each is a chain
-// of additions.
-template <class Real>
+// to[:] = the sum of so many rows of `lanes`, `stride` apart: kAtOnce vectors at a time, as each is a chain
+// of additions, then what is left.
+template <class Real, int kAtOnce = 4>
 inline void sum_rows(const Real* rows, int64_t count, int64_t stride, int64_t lanes, const Onto<Real>& onto,
                      Real* to) {
-  constexpr int kAtOnce = 4, kL = kLanes<Real>;
+  constexpr int kL = kLanes<Real>;
   int64_t lane = 0;
   for (; lane + kAtOnce * kL <= lanes; lane += kAtOnce * kL) {
-    Vec<Real> sum[kAtOnce] = {};
+    Vec<Real> sum[kAtOnce];
+    for (int v = 0; v < kAtOnce; ++v) sum[v] = Vec<Real>{};
     const Real* row = rows + lane;
     for (int64_t n = count; n > 0; --n, row += stride) {
       for (int v = 0; v < kAtOnce; ++v) sum[v] += load(row + v * kL);
     }
     for (int v = 0; v < kAtOnce; ++v) store(to + lane + v * kL, onto.at(lane + v * kL, sum[v]));
   }
-  for (; lane < lanes; lane += kL) {
-    Vec<Real> sum{};
-    const Real* row = rows + lane;
-    for (int64_t n = count; n > 0; --n, row += stride) sum += load(row);
-    store(to + lane, onto.at(lane, sum));
+  if constexpr (kAtOnce > 1) {
+    if (lane < lanes)
+      sum_rows<Real, kAtOnce / 2>(rows + lane, count, stride, lanes - lane, onto.from(lane), to + lane);
   }
 }
 
