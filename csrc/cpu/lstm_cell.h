@@ -228,7 +228,7 @@ class LstmCell {
   template <bool kAdd>
   static void product(const Real* a, int64_t a_row, int64_t count, const Real* z, int64_t z_row, int64_t k,
                       int64_t columns, Real* to, int64_t to_row) {
-    run_row_product<Real>(nullptr, {{a, z, a_row, z_row, k}, {}, nullptr, kAdd, false, nullptr, to, to_row},
+    run_row_product<Real>(nullptr, {.first = {a, z, a_row, z_row, k}, .c = to, .c_row = to_row, .add = kAdd},
                           count, columns);
   }
   // Of a block's rows z and to.

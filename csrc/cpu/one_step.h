@@ -346,14 +346,28 @@ class OneStep {
     const Wide s = wide(i);
     const int64_t lanes = program_.values[program_.layers[i].out].pixel;
     run_outer_product<Real>(job_.team,
-                            {s.x, s.e, nullptr, nullptr, s.from, s.to, query_n_ * tasks_, to, lanes,
-                             Onto<Real>{adds ? to : nullptr}},
+                            {.x = s.x,
+                             .g = s.e,
+                             .x_row = s.from,
+                             .g_row = s.to,
+                             .samples = query_n_ * tasks_,
+                             .d = to,
+                             .d_row = lanes,
+                             .onto = {adds ? to : nullptr}},
                             s.inputs, s.lanes_out);
     if (!job_.first_order) {
       const bool inner = s.th != nullptr;
       run_outer_product<Real>(job_.team,
-                              {s.h, s.td, s.th, inner ? s.d : nullptr, s.from, s.to, support_n_ * tasks_, to,
-                               lanes, Onto<Real>{to}},
+                              {.x = s.h,
+                               .g = s.td,
+                               .x_row = s.from,
+                               .g_row = s.to,
+                               .samples = support_n_ * tasks_,
+                               .d = to,
+                               .d_row = lanes,
+                               .x1 = s.th,
+                               .g1 = inner ? s.d : nullptr,
+                               .onto = {to}},
                               s.inputs, s.lanes_out);
     }
     for (int64_t k = 0; !adds && s.lanes_out < lanes && k < s.inputs; ++k)
@@ -370,12 +384,15 @@ class OneStep {
   // to[n, :] = bias + factors.
   void multiply_rows(const Factors<Real>& factors, const Real* bias, int64_t rows, int64_t columns, Real* to,
                      int64_t to_row) const {
-    run_row_product<Real>(job_.team, {factors, {}, bias, false, false, nullptr, to, to_row}, rows, columns);
+    run_row_product<Real>(job_.team, {.first = factors, .c = to, .c_row = to_row, .bias = bias}, rows,
+                          columns);
   }
   // to[n, :] += factors, then what a ReLU does to values, or to gradients.
   void add_rows(const Factors<Real>& factors, int64_t rows, int64_t columns, bool relu, const Real* gate,
                 Real* to, int64_t to_row) const {
-    run_row_product<Real>(job_.team, {factors, {}, nullptr, true, relu, gate, to, to_row}, rows, columns);
+    run_row_product<Real>(
+        job_.team, {.first = factors, .c = to, .c_row = to_row, .add = true, .relu = relu, .gate = gate},
+        rows, columns);
   }
   // A^T or B^T, which are transposed for the purpose, times the query's rows.
   Factors<Real> transposed(const Real* matrix, const Real* rows, int64_t row) const {

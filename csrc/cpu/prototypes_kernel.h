@@ -454,21 +454,22 @@ class PrototypeTask {
   // The same by matrix products: of the centred classes; and without (sum_q W) p_c, which is taken away at
   // the end.
   void multiply_queries(int64_t n, int64_t column, int64_t columns, Real* to, int64_t to_row) const {
-    run_outer_product<Real>(
-        nullptr,
-        {weights_, means_.unit + column, nullptr, nullptr, whole_groups(n), row_, h_.ways, to, to_row, {}}, n,
-        columns);
+    run_outer_product<Real>(nullptr,
+                            {.x = weights_,
+                             .g = means_.unit + column,
+                             .x_row = whole_groups(n),
+                             .g_row = row_,
+                             .samples = h_.ways,
+                             .d = to,
+                             .d_row = to_row},
+                            n, columns);
   }
   void multiply_means(const Real* q, int64_t q_row, int64_t n, int64_t column, int64_t columns) const {
     run_row_product<Real>(nullptr,
-                          {{weights_, q, whole_groups(n), q_row, n},
-                           {},
-                           nullptr,
-                           true,
-                           false,
-                           nullptr,
-                           means_.d_rows + column,
-                           row_},
+                          {.first = {weights_, q, whole_groups(n), q_row, n},
+                           .c = means_.d_rows + column,
+                           .c_row = row_,
+                           .add = true},
                           h_.ways, columns);
   }
   // class_weights_ += sum_q W, of a block.

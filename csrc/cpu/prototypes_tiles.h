@@ -45,7 +45,7 @@ struct ScoreTile {
       }
     }
     const auto row = [&](int m) { return s.to + m * s.p_row; };
-    if (s.add) sums.add_from(row);
+    if (s.add) sums.scale_onto(Real(1), row);
     sums.store_to(row);
   }
 };

@@ -56,17 +56,15 @@ class PlainRule {
   // Whether pull looks at g.
   bool wants_g() const { return gradient_ != nullptr; }
 
-  // From the network's parameters `to` the next; `g` is a buffer, which has the gradient then if pull looks
-  // at it.
+  // From the network's parameters `to` the next; `g` is a buffer, which has the gradient then where there are
+  // rates, whose own gradient needs it.
   void step(int64_t k, const Network<Real>& network, Real* g, Real* to) {
     const Real* const from = network.w;
-    if (job_.rates == nullptr && !wants_g()) return network.backward({from, -job_.rate, to, g});
+    if (job_.rates == nullptr) return network.backward({from, -job_.rate, to, g});
     network.backward(g);
-    const Real* const rates = job_.rates == nullptr ? nullptr : job_.rates + k * job_.rates_stride;
-    for (int64_t i = 0; i < params_; i += kLanes<Real>) {
-      const Vec<Real> rate = rates == nullptr ? splat(job_.rate) : load(rates + i);
-      store(to + i, load(from + i) - rate * load(g + i));
-    }
+    const Real* const rates = job_.rates + k * job_.rates_stride;
+    for (int64_t i = 0; i < params_; i += kLanes<Real>)
+      store(to + i, load(from + i) - load(rates + i) * load(g + i));
   }
 
   // Adds to the rule's own gradient; `direction` is a buffer.

@@ -21,9 +21,11 @@
 
 namespace metafast {
 
-// A meta-step by a rule: `step` for k = 0..K-1, and where a gradient is wanted `pull` for k = K-1..0.
+// A meta-step by a rule: `step`, with the network's backward in it, for k = 0..K-1, and where a gradient is
+// wanted `pull` for k = K-1..0.
 template <class Tasks, class Rule>
 void meta_step(Tasks& tasks, Rule& rule) {
+  using Vector = typename Tasks::Vector;
   using ConstVector = typename Tasks::ConstVector;
   const auto& job = tasks.job;
   const WorkspaceLayout& layout = *job.layout;
@@ -81,7 +83,7 @@ void meta_step(Tasks& tasks, Rule& rule) {
     if (rule.wants_g()) {
       if (k != steps - 1) support.backward(product);  // the last step's g is there still
     } else if (!job.first_order && !there) {
-      support.backward({});
+      support.backward(Vector{});
     }
     const auto pull = rule.pull(k, lam, product, direction);
     if (job.truncate > 0 && k > 0 && k % job.truncate == 0) {
@@ -117,7 +119,7 @@ void single(Tasks& tasks) {
     if (job.what == What::gradient) {
       network.backward(product);
     } else {
-      network.backward({});
+      network.backward(typename Tasks::Vector{});
       const auto direction = tasks.at(layout.direction);
       tasks.to_engine(job.vector, job.program->adapting, nullptr, direction);
       network.hessian_vector(direction, product);

@@ -70,6 +70,21 @@ def test_meta_gradients_of_random_networks(backend: str, seed: int) -> None:
     assert relative_error(found, gradient(model)) < BAR
 
 
+@native
+@pytest.mark.parametrize("bias", [True, False])
+def test_more_samples_than_a_block_of_a_product(bias: bool) -> None:
+    """The outer product of 1300 samples goes by blocks, which add to what the first one left of phi, and of lam."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(65, 41, bias=bias), nn.Tanh(), nn.Linear(41, 7, bias=bias)).double()
+    x, y = torch.randn(2, 1333, 65, dtype=torch.float64), torch.randint(7, (2, 1333))
+    episodes = mf.Episodes(x[:, :1300], y[:, :1300], x[:, 1300:], y[:, 1300:])
+    mf.MAML(model, lr=0.5, steps=3).accumulate_grad(episodes)
+    found = gradient(model)
+    model.zero_grad()
+    mf.reference.maml(model, episodes, lr=0.5, steps=3).loss.backward()
+    assert relative_error(found, gradient(model)) < BAR
+
+
 @on_cpu_and_simt
 @pytest.mark.parametrize("seed", range(100, 112))
 def test_the_four_functions_of_random_networks(seed: int, backend: str) -> None:

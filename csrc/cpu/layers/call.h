@@ -72,7 +72,8 @@ struct LayerFunctions {
   using Function = void (*)(const Call<Real>&);
   Function fwd, bwd, tfwd, tbwd;
   Split split;
-  bool onto;  // bwd and tbwd look at Call::onto; tbwd changes tw's place when it is done with it
+  bool onto;  // bwd and tbwd look at Call::onto; tbwd may then change what lies at tw, which it is done with
+              // before
   constexpr LayerFunctions(Split s, Function f, Function b, Function tf, Function tb, bool o = false)
       : fwd(f), bwd(b), tfwd(tf), tbwd(tb), split(s), onto(o) {}
 };

@@ -49,16 +49,30 @@ struct LinearCall {
   // y = bias + x w (+ x1 w1)
   void outputs(const Factors<Real>& first, const Factors<Real>& second, const Real* b, bool relu,
                const Real* gate, Real* y) const {
-    run_row_product<Real>(
-        c.team, {first, second, b, false, relu, gate == nullptr ? nullptr : gate + y_at, y + y_at, to},
-        c.samples, lanes_of<Real>(c.out->c));
+    run_row_product<Real>(c.team,
+                          {.first = first,
+                           .second = second,
+                           .c = y + y_at,
+                           .c_row = to,
+                           .bias = b,
+                           .relu = relu,
+                           .gate = gate == nullptr ? nullptr : gate + y_at},
+                          c.samples, lanes_of<Real>(c.out->c));
   }
   // dw = x^T dy (+ x1^T dy1), db = sum dy
   void weight_gradient(const Real* x, const Real* dy, const Real* x1, const Real* dy1, Real* dw) const {
     const bool both = x1 != nullptr;
     run_outer_product<Real>(c.team,
-                            {x + x_at, dy + y_at, both ? x1 + x_at : nullptr, both ? dy1 + y_at : nullptr,
-                             from, to, c.samples, dw, lanes, c.onto},
+                            {.x = x + x_at,
+                             .g = dy + y_at,
+                             .x_row = from,
+                             .g_row = to,
+                             .samples = c.samples,
+                             .d = dw,
+                             .d_row = lanes,
+                             .x1 = both ? x1 + x_at : nullptr,
+                             .g1 = both ? dy1 + y_at : nullptr,
+                             .onto = c.onto},
                             inputs, lanes_of<Real>(c.out->c));
     if (!c.layer->bias) return;
     const int64_t bias_at = inputs * lanes, rows = c.layer->bias_cancels ? 0 : c.samples;
@@ -66,10 +80,13 @@ struct LinearCall {
   }
   // dx = dy wt (+ dy1 wt1)
   void input_gradient(const Factors<Real>& first, const Factors<Real>& second, Real* dx) const {
-    run_row_product<Real>(
-        c.team,
-        {first, second, nullptr, false, false, c.layer->gated ? c.x + x_at : nullptr, dx + x_at, from},
-        c.samples, lanes_of<Real>(c.in->c));
+    run_row_product<Real>(c.team,
+                          {.first = first,
+                           .second = second,
+                           .c = dx + x_at,
+                           .c_row = from,
+                           .gate = c.layer->gated ? c.x + x_at : nullptr},
+                          c.samples, lanes_of<Real>(c.in->c));
   }
   void transposed(const Real* w, Real* wt) const { transpose(w, inputs, c.out->c, lanes, wt, c.in->pixel); }
 };

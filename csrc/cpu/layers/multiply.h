@@ -187,9 +187,12 @@ struct Columns {
 
  private:
   static Parts cut(int64_t vectors) {
-    if constexpr (kUsualVectors == kMostVectors) return Parts(vectors, kMostVectors);
     static_assert(kUsualVectors == kMostVectors || (kUsualVectors == 2 && kMostVectors == 3));
-    return vectors <= 3 ? Parts{1, vectors, 0} : Parts{vectors >> 1, 2, vectors & 1};
+    if constexpr (kUsualVectors == kMostVectors) {
+      return Parts(vectors, kMostVectors);
+    } else {
+      return vectors <= 3 ? Parts{1, vectors, 0} : Parts{vectors >> 1, 2, vectors & 1};
+    }
   }
 };
 

@@ -17,20 +17,20 @@ namespace METAFAST_ISA {
 // Two matrices, (rows, depth) and (depth, columns), whose rows lie so far apart.
 template <class Real>
 struct Factors {
-  const Real *a, *b;  // null: there are none
-  int64_t a_row, b_row, depth;
+  const Real *a = nullptr, *b = nullptr;  // null: there are none
+  int64_t a_row = 0, b_row = 0, depth = 0;
 };
 
 // c[n, :] = bias + sum_k a[n, k] b[k, :], of one pair of factors or two. Rows of c and gate lie c_row apart.
 template <class Real>
 struct RowProduct {
-  Factors<Real> first, second;
-  const Real* bias;  // null: 0
-  bool add;          // to what c holds, in the place of bias
-  bool relu;         // max(0, .)
-  const Real* gate;  // not null: 0 where this is not above 0
+  Factors<Real> first, second = {};
   Real* c;
   int64_t c_row;
+  const Real* bias = nullptr;
+  bool add = false;            // to what c holds, in the place of bias
+  bool relu = false;           // max(0, .)
+  const Real* gate = nullptr;  // not null: 0 where this is not above 0
 };
 
 // So many tiles of kRows rows from row `first` on.
@@ -79,11 +79,12 @@ struct RowProductTiles {
 // lie x_row (x, x1), g_row (g, g1) and d_row apart.
 template <class Real>
 struct OuterProduct {
-  const Real *x, *g, *x1, *g1;
+  const Real *x, *g;
   int64_t x_row, g_row, samples;
   Real* d;
   int64_t d_row;
-  Onto<Real> onto;
+  const Real *x1 = nullptr, *g1 = nullptr;
+  Onto<Real> onto = {};
 };
 
 template <class Real>

@@ -75,19 +75,6 @@ struct Sums {
       sum += difference * difference;
     });
   }
-  // Row m += what lies at(m).
-  template <class At>
-  inline void add_from(const At& at) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kWhole; ++v) whole[m][v] += load(at(m) + v * kLanes<Real>);
-    }
-#pragma GCC unroll 16
-    for (int p = 0; p < kPairs; ++p) {
-      if constexpr (kHalf) pair[p] += halves_at(at, p);
-    }
-  }
   // What lies at(m) + factor * row m.
   template <class At>
   inline void scale_onto(Real factor, const At& at) {
