@@ -64,6 +64,10 @@ struct OneTask {
   void add_hessian_vector(ConstVector along, Real factor, Vector buffer, Vector to) const {
     support.hessian_vector(along, {to, factor, to, buffer});
   }
+  void deliver_with_hessian_vector(ConstVector along, Real factor, Vector buffer, Vector lam) const {
+    add_hessian_vector(along, factor, buffer, lam);
+    deliver(lam);
+  }
   // to += factor * from.
   void add_scaled(Real factor, ConstVector from, Vector to) const {
     const Vec<Real> by = splat(factor);

@@ -51,6 +51,10 @@ struct AllTasks {
     support.hessian_vector(along, buffer);
     add_scaled(factor, buffer, to);
   }
+  void deliver_with_hessian_vector(ConstVector along, Real factor, Vector buffer, Vector lam) const {
+    support.hessian_vector(along, buffer);
+    deliver(lam, buffer, factor);
+  }
   // to += factor * from.
   void add_scaled(Real factor, ConstVector from, Vector to) const {
     all("add_scaled", AddScaled<Real>{to, from, factor, to});
@@ -66,8 +70,9 @@ struct AllTasks {
     for_all("to_user", job.tasks, p.adapting, stream, Fill<Real>{Real(0), user});
     all("to_user", Scatter<Real>{p.source, p.adapting, Real(1), w, user});
   }
-  void deliver(ConstVector gradient) const {
-    all("deliver", AddScaled<Real>{gradient, {}, Real(0), Vector{job.gradient, job.program->params}});
+  // The tasks' gradients, from + factor * more.
+  void deliver(ConstVector from, ConstVector more = {}, Real factor = 0) const {
+    all("deliver", AddScaled<Real>{from, more, factor, Vector{job.gradient, job.program->params}});
   }
 
   const Job<Real>& job;

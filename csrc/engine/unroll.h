@@ -90,6 +90,10 @@ void meta_step(Tasks& tasks, Rule& rule) {
       tasks.zero(lam);
       rule.cut();
     } else if (!job.first_order) {
+      if (k == 0) {  // the last there is to do: a device hands lam out by the pass that adds to it
+        tasks.deliver_with_hessian_vector(pull.along, pull.factor, product, lam);
+        return rule.end();
+      }
       tasks.add_hessian_vector(pull.along, pull.factor, product, lam);
     }
     if (v != nullptr && k > 0 && v[k - 1] != 0) tasks.add_scaled(v[k - 1], query_gradient(k - 1), lam);
