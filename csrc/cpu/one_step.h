@@ -345,40 +345,29 @@ class OneStep {
   void add_wide(int32_t i, bool adds, Real* to) const {
     const Wide s = wide(i);
     const int64_t lanes = program_.values[program_.layers[i].out].pixel;
-    run_outer_product<Real>(job_.team,
-                            {.x = s.x,
-                             .g = s.e,
-                             .x_row = s.from,
-                             .g_row = s.to,
-                             .samples = query_n_ * tasks_,
-                             .d = to,
-                             .d_row = lanes,
-                             .onto = {adds ? to : nullptr}},
-                            s.inputs, s.lanes_out);
-    if (!job_.first_order) {
-      const bool inner = s.th != nullptr;
+    Real* const bias = s.bias == nullptr ? nullptr : to + s.inputs * lanes;
+    // x^T g (+ x1^T g1) and the sum of g, added to what is there or in its place.
+    const auto add = [&](const Real* x, const Real* g, const Real* x1, const Real* g1, int64_t samples,
+                         bool onto) {
       run_outer_product<Real>(job_.team,
-                              {.x = s.h,
-                               .g = s.td,
+                              {.x = x,
+                               .g = g,
                                .x_row = s.from,
                                .g_row = s.to,
-                               .samples = support_n_ * tasks_,
+                               .samples = samples,
                                .d = to,
                                .d_row = lanes,
-                               .x1 = s.th,
-                               .g1 = inner ? s.d : nullptr,
-                               .onto = {to}},
+                               .x1 = x1,
+                               .g1 = g1,
+                               .onto = {onto ? to : nullptr}},
                               s.inputs, s.lanes_out);
-    }
+      if (bias == nullptr) return;
+      sum_rows(g, s.has_bias ? samples : 0, s.to, lanes, Onto<Real>{onto ? bias : nullptr}, bias);
+    };
+    add(s.x, s.e, nullptr, nullptr, query_n_ * tasks_, adds);
+    if (!job_.first_order) add(s.h, s.td, s.th, s.d, support_n_ * tasks_, true);
     for (int64_t k = 0; !adds && s.lanes_out < lanes && k < s.inputs; ++k)
       std::fill_n(to + k * lanes + s.lanes_out, lanes - s.lanes_out, Real(0));
-    if (s.bias == nullptr) return;
-    Real* const bias = to + s.inputs * lanes;
-    const auto add = [&](const Real* rows, int64_t count, bool onto) {
-      sum_rows(rows, s.has_bias ? count : 0, s.to, lanes, Onto<Real>{onto ? bias : nullptr}, bias);
-    };
-    add(s.e, query_n_ * tasks_, adds);
-    if (!job_.first_order) add(s.td, support_n_ * tasks_, true);
   }
 
   // to[n, :] = bias + factors.

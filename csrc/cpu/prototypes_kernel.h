@@ -415,6 +415,7 @@ class PrototypeTask {
     const int64_t features = h_.features, whole_columns = features / kLanes<Real> * kLanes<Real>;
     Real* const d_query = h_.d_query + (task_ * h_.queries + first) * features;
     if (products) sum_weights(n);
+    const bool means_by_products = products || (h_.metric == Metric::cosine && !queries_are_long(n));
     const auto run = [&](const Real* q, int64_t q_row, int64_t column, int64_t columns, Real* to,
                          int64_t to_row) {
       if (products) {
@@ -422,7 +423,7 @@ class PrototypeTask {
       } else {
         pull_queries(q, q_row, n, column, columns, to, to_row);
       }
-      if (products || (h_.metric == Metric::cosine && !queries_are_long(n))) {
+      if (means_by_products) {
         multiply_means(q, q_row, n, column, columns);
       } else {
         pull_means(q, q_row, n, column, columns);

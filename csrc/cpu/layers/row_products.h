@@ -83,7 +83,7 @@ struct OuterProduct {
   int64_t x_row, g_row, samples;
   Real* d;
   int64_t d_row;
-  const Real *x1 = nullptr, *g1 = nullptr;
+  const Real *x1 = nullptr, *g1 = nullptr;  // a second pair, unless x1 is null
   Onto<Real> onto = {};
 };
 
